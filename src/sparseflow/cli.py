@@ -1,0 +1,147 @@
+"""The command line: ``python -m sparseflow env | report | bench``.
+
+``report`` and ``bench`` take ``FILE.py:function``: a function without arguments that returns
+``(model, example_input)``. Without one they use a synthetic network, and say so. Exit code 0 on success, 1 when the
+outputs of ``bench`` differ, 2 on an error (one line on the standard error output; ``--traceback`` shows its origin).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import api
+from .bench import compare
+from .bench.synthetic import NOTE, synthetic_network
+from .env import environment
+from .errors import SparseflowError
+
+
+class SpecError(SparseflowError):
+    """``FILE.py:function`` does not lead to a model and an example input."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` defaults to the arguments of the process. Returns the exit code.
+
+    >>> main(["report", "missing.py:build"])
+    2
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except Exception as error:
+        if args.traceback:
+            raise
+        print(f"sparseflow {args.name}: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparseflow", description="Spiking networks, computed where they spike.")
+    commands = parser.add_subparsers(dest="name", required=True)
+    _add_command(commands, "env", _env, "print machine, engine and versions")
+    report = _add_command(commands, "report", _report, "accelerate a model and print what runs where, and why")
+    _add_model_arguments(report)
+    report.add_argument("--html", type=Path, metavar="PATH", help="also write a self-contained HTML page")
+    bench = _add_command(commands, "bench", _bench, "time a model dense and accelerated, in alternation")
+    _add_model_arguments(bench)
+    bench.add_argument("--repeats", type=_positive, default=30, help="alternations (default: %(default)s)")
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(command=run)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return command
+
+
+def _add_model_arguments(command: argparse.ArgumentParser) -> None:
+    spec_help = "function that returns (model, example_input); without it a synthetic network is used"
+    command.add_argument("spec", nargs="?", metavar="FILE.py:function", help=spec_help)
+    command.add_argument("--threads", type=_positive, help="threads of PyTorch and of the native engine")
+    command.add_argument("--backend", default="auto", help="auto, cpu, torch or triton (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _env(args: argparse.Namespace) -> int:
+    record = environment()
+    print(json.dumps(record, indent=1) if args.json else "\n".join(f"{key:<13} {record[key]}" for key in record))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    model = _accelerated(args)[0]
+    report = api.report(model)
+    print(report.to_json() if args.json else report)
+    if args.html:
+        print(f"wrote {report.to_html(args.html)}", file=sys.stderr)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    model, example = _accelerated(args)
+    result = compare(model, example, repeats=args.repeats)
+    record = {"result": result.to_dict(), "environment": environment()}
+    print(json.dumps(record, indent=1) if args.json else result)
+    return 0 if result.matches else 1
+
+
+def _accelerated(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.spec is None:
+        print(NOTE, file=sys.stderr)
+        model, example = synthetic_network()
+    else:
+        model, example = load_spec(args.spec)
+    return api.accelerate(model, example, backend=args.backend), example
+
+
+def load_spec(spec: str) -> tuple[nn.Module, Any]:
+    """Call the function named by ``FILE.py:function``. Raises :class:`SpecError` when that is not possible."""
+    file, _, name = spec.rpartition(":")
+    if not file or not name.isidentifier():
+        raise SpecError(f"expected FILE.py:function, got {spec!r}")
+    if not Path(file).is_file():
+        raise SpecError(f"there is no file {file}")
+    build = getattr(_import_file(Path(file)), name, None)
+    if not callable(build):
+        raise SpecError(f"{file} has no function {name!r}")
+    result = build()
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
+        raise SpecError(f"{spec} must return (torch.nn.Module, example_input), got {type(result).__name__}")
+    return result
+
+
+def _import_file(path: Path) -> ModuleType:
+    # runpy would throw the module away, and classes of a model that is pickled or copied must stay importable.
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    if found is None or found.loader is None:
+        raise SpecError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    found.loader.exec_module(module)
+    return module
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SparseflowError) else f"{type(error).__name__}: {text}"
