@@ -25,9 +25,11 @@ def environment() -> dict[str, Any]:
     >>> record["torch"] == torch.__version__, record["threads"] == torch.get_num_threads()
     (True, True)
     """
+    from . import __version__
+
     commit = _commit()
     return {
-        "sparseflow": importlib.metadata.version("sparseflow"),
+        "sparseflow": __version__,
         **({"commit": commit} if commit else {}),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all the set-up there is: both create .venv and install into it first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard src/sparseflow/kernels/cpu/csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check train bench clean
+
+help:
+	@echo "make demo    accelerate a trained spiking ResNet on real data; results also in out/"
+	@echo "make test    run the whole test suite (ARGS='-k name' narrows it)"
+	@echo "make check   formatting, lint, types, import rules and the test suite"
+	@echo "make train   train the demo's network again (CPU, about 15 minutes)"
+	@echo "make bench   time a synthetic network dense and accelerated"
+	@echo "make clean   remove .venv, build products and out/"
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements-dev.txt pyproject.toml $(wildcard setup.py) $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one with PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+check:
+	.ci/run
+
+train: $(INSTALLED)
+	cd examples && ../$(BIN)/python -m digits.train $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m sparseflow bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build out src/*.egg-info
+	find src -name '*.so' -delete
