@@ -1,0 +1,53 @@
+"""sparseflow: spiking neural networks in PyTorch, computed only where there are spikes.
+
+>>> import sparseflow
+>>> sparseflow.__version__
+'0.1.0'
+"""
+
+from __future__ import annotations
+
+from .api import accelerate, analyze, calibrate, disabled, refresh, report, restore
+from .dispatch.cache import Calibration
+from .errors import (
+    BackendUnavailableError,
+    CalibrationError,
+    MismatchError,
+    NothingAcceleratedWarning,
+    SparseflowError,
+    UnsupportedModelError,
+)
+from .frameworks import register_neuron
+from .frameworks.spec import NeuronSpec
+from .observe import profile, verify
+from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "BlockPlan",
+    "Calibration",
+    "CalibrationError",
+    "LayerPlan",
+    "MismatchError",
+    "NeuronSpec",
+    "NothingAcceleratedWarning",
+    "Path",
+    "Plan",
+    "Provenance",
+    "Reason",
+    "SparseflowError",
+    "UnsupportedModelError",
+    "__version__",
+    "accelerate",
+    "analyze",
+    "calibrate",
+    "disabled",
+    "profile",
+    "refresh",
+    "register_neuron",
+    "report",
+    "restore",
+    "verify",
+]

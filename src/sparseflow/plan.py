@@ -32,6 +32,7 @@ class Path(enum.StrEnum):
 
     DENSE = "dense"
     EVENT = "event"
+    GATHER = "gather"
 
 
 class Reason(enum.StrEnum):
@@ -50,6 +51,7 @@ class Reason(enum.StrEnum):
     DTYPE = "dtype is not supported by the sparse path"
     DEVICE = "device has no sparse backend"
     NO_ENGINE = "no native engine and the fallback does not cover this layer"
+    FORCED = "mode='sparse' asked for it"
     MODE = "mode='dense' asked for it"
 
 

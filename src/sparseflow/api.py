@@ -1,0 +1,212 @@
+"""The public functions: accelerate a model, look at what was done, undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .dispatch.cache import Calibration
+from .dispatch.fingerprint import fingerprint
+from .dispatch.observe import CalibrationObserver
+from .lowering import RECORD, Options, Patterns, as_arguments, current_plan, lower, raise_layers, unobserved
+from .modules.swap import runtimes
+from .plan import Plan
+from .report import LayerReport, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class _PlanOnFirstCall:
+    """A forward pre-hook that plans with the first real input, then removes itself."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _cancel_pending(model)
+        lower(model, args, kwargs, self.options)
+
+
+def _cancel_pending(model: nn.Module) -> None:
+    pending = [k for k, hook in model._forward_pre_hooks.items() if isinstance(hook, _PlanOnFirstCall)]
+    for key in pending:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def accelerate(
+    model: Model,
+    example_input: Any = None,
+    *,
+    backend: str = "auto",
+    mode: str = "auto",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    strict: bool = False,
+) -> Model:
+    """Make a spiking network faster in place; the same object comes back.
+
+    Convolution and linear layers that are fed by spikes become two-stage modules that compute only where there are
+    spikes, and dense again wherever that was measured to be faster. Parameters, hooks and ``state_dict`` keys stay.
+
+    Args:
+        model: a network written with SpikingJelly 2.x, snnTorch 1.x, or plain PyTorch and
+            :func:`sparseflow.register_neuron`.
+        example_input: what one forward call takes, for example ``[T, N, C, H, W]`` for a multi-step model: a tensor, a
+            tuple of positional or a mapping of keyword arguments. Without it the first real call is the example.
+        backend: ``"auto"``, ``"cpu"`` (native engine), ``"torch"`` (no compiler needed) or ``"triton"``. Only
+            ``"auto"`` may fall back.
+        mode: ``"auto"`` chooses by measurement; ``"sparse"`` and ``"dense"`` force one path.
+        include, exclude: glob patterns on qualified layer names (``"layer2.*"``), or ``(name, module) -> bool``.
+        calibration: result of :func:`calibrate`, or its file: skips first-use measurement.
+        strict: raise instead of warn when no layer runs sparse.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module or an option has a wrong type.
+        ValueError: an option has an unknown value.
+        BackendUnavailableError: the named backend cannot run here.
+        UnsupportedModelError: nothing to accelerate and ``strict`` is set. The model is left as it was.
+
+    >>> import torch, sparseflow
+    >>> class Threshold(torch.nn.Module):
+    ...     def forward(self, v):
+    ...         return (v >= 1.0).to(v.dtype)
+    >>> sparseflow.register_neuron(Threshold)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 512), Threshold(), torch.nn.Linear(512, 512)).eval()
+    >>> net = sparseflow.accelerate(net, torch.randn(1, 64), mode="sparse")
+    >>> print(sparseflow.report(net).layers[1].path)
+    event
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate expects a torch.nn.Module, got {type(model).__name__}")
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration.load(calibration)
+    options = Options(backend, mode, include, exclude, calibration, strict)
+    restore(model)
+    if example_input is None:
+        model.register_forward_pre_hook(_PlanOnFirstCall(options), with_kwargs=True)
+    else:
+        lower(model, *as_arguments(example_input), options)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`, exactly: classes, attributes and hooks are as before. Does nothing on a plain model."""
+    _cancel_pending(model)
+    raise_layers(model)
+    return model
+
+
+def analyze(model: nn.Module, example_input: Any, **options: Any) -> Plan:
+    """The plan :func:`accelerate` would make, with its measurements; the model is unchanged afterwards.
+
+    Takes the options of :func:`accelerate`. On an accelerated model it returns the plan as it stands.
+    """
+    if RECORD in model.__dict__:
+        return current_plan(model)
+    defaults = {"backend": "auto", "mode": "auto", "include": None, "exclude": None, "calibration": None}
+    unknown = options.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"analyze got unknown options {sorted(unknown)}; it takes {sorted(defaults)}")
+    try:
+        lower(model, *as_arguments(example_input), Options(**{**defaults, **options}, strict=False))
+        return current_plan(model)
+    finally:
+        raise_layers(model)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, prepare: Callable[[Any], Any] | None = None) -> Calibration:
+    """Measure crossovers and densities on real data.
+
+    Args:
+        model: accelerated or not; a plain model is restored afterwards.
+        batches: inputs of the model's forward, in the forms ``example_input`` of :func:`accelerate` takes. Neuron
+            state is put back after each.
+        prepare: turns an item of ``batches`` into such an input, for example ``lambda item: item[0]`` for a loader
+            of (image, label) pairs.
+
+    Returns:
+        A :class:`Calibration`, to be passed to :func:`accelerate` or saved beside the model.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+    """
+    inputs = (prepare(item) if prepare else item for item in batches)
+    first = next(inputs, None)
+    if first is None:
+        raise ValueError("calibrate needs at least one batch")
+    plain = RECORD not in model.__dict__
+    if plain:
+        accelerate(model, first)
+    try:
+        return _watch(model, itertools.chain((first,), inputs))
+    finally:
+        if plain:
+            restore(model)
+
+
+def _watch(model: nn.Module, batches: Iterable[Any]) -> Calibration:
+    found = runtimes(model)
+    observers = {name: CalibrationObserver() for name in found}
+    for name, runtime in found.items():
+        runtime.observers.append(observers[name])
+    try:
+        for batch in batches:
+            args, kwargs = as_arguments(batch)
+            with torch.no_grad(), unobserved(model):
+                model(*args, **kwargs)
+    finally:
+        for name, runtime in found.items():
+            runtime.observers.remove(observers[name])
+    crossovers = {key: c for observer in observers.values() for key, c in observer.crossovers.items()}
+    seen = {name: observer.observation() for name, observer in observers.items()}
+    return Calibration(crossovers, {name: o for name, o in seen.items() if o}, fingerprint())
+
+
+def report(model: nn.Module) -> Report:
+    """What runs where and why, with the figure behind every decision. Raises ``ValueError`` on a plain model."""
+    plan = _require_plan(model)
+    calls = {name: runtime.stats.paths() for name, runtime in runtimes(model).items()}
+    layers = tuple(LayerReport.from_plan(layer, calls.get(layer.name, {})) for layer in plan.layers)
+    notes = (f"fx could not trace the model: {plan.fallback_detail}",) if plan.fallback_detail else ()
+    return Report(type(model).__name__, plan.backend, plan.method, layers, dict(fingerprint()), notes)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run dense inside the ``with`` block, for comparison."""
+    found = list(runtimes(model).values())
+    for runtime in found:
+        runtime.disabled += 1
+    try:
+        yield
+    finally:
+        for runtime in found:
+            runtime.disabled -= 1
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop packed weights, so that the next call packs them anew.
+
+    Weight changes are noticed by themselves; this is for single elements written through ``weight.data``.
+    """
+    for runtime in runtimes(model).values():
+        runtime.invalidate()
+
+
+def _require_plan(model: nn.Module) -> Plan:
+    if RECORD in model.__dict__:
+        return current_plan(model)
+    pending = any(isinstance(hook, _PlanOnFirstCall) for hook in model._forward_pre_hooks.values())
+    hint = "it plans at its first call: run it once" if pending else "call sparseflow.accelerate(model) first"
+    raise ValueError(f"{type(model).__name__} has no plan; {hint}")

@@ -1,0 +1,44 @@
+"""What a measured crossover depends on besides the layer: the machine and the libraries."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+import platform
+
+import torch
+
+from sparseflow.kernels.cpu import engine
+
+SCHEMA = 1
+
+
+def cpu_model() -> str:
+    """The processor's marketing name, or its architecture where the system does not say."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.lru_cache(maxsize=1)
+def fingerprint() -> dict[str, str | int]:
+    """Machine and library versions a crossover is valid for."""
+    from sparseflow import __version__
+
+    return {
+        "schema": SCHEMA,
+        "sparseflow": __version__,
+        "torch": torch.__version__,
+        "cpu": cpu_model(),
+        "isa": engine.isa() if engine.available() else "none",
+    }
+
+
+def digest(record: dict[str, str | int]) -> str:
+    """Short name of a fingerprint, for file names."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Keeps first-use measurement inside its budget and shows a progress bar when it takes long."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from sparseflow.config import MeasureBudget
+
+_active: contextvars.ContextVar[MeasureProgress | None] = contextvars.ContextVar("measuring", default=None)
+
+
+class MeasureProgress:
+    """Counts measured layers of one model and what they took."""
+
+    def __init__(self, total: int, budget: MeasureBudget):
+        self.total, self.budget = total, budget
+        self.done, self.spent_ms = 0, 0.0
+        self._bar = None
+
+    def layer_budget(self) -> MeasureBudget:
+        """The budget of the next layer: a fifth once the model's share is spent."""
+        if self.spent_ms < self.budget.model_ms:
+            return self.budget
+        return dataclasses.replace(self.budget, layer_ms=self.budget.layer_ms / 5)
+
+    def advance(self, elapsed_ms: float) -> None:
+        """Count one measured layer."""
+        self.done += 1
+        self.spent_ms += elapsed_ms
+        predicted = self.spent_ms / self.done * self.total
+        if self._bar is None and predicted > self.budget.model_ms:
+            self._bar = _start_bar(self.total)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done)
+
+    def close(self) -> None:
+        """Take the progress bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _start_bar(total: int):
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    bar.add_task("sparseflow: measuring layers", total=total)
+    bar.start()
+    return bar
+
+
+@contextlib.contextmanager
+def measuring(total: int, budget: MeasureBudget) -> Iterator[None]:
+    """Measurements inside belong to one model of ``total`` layers."""
+    progress = MeasureProgress(total, budget)
+    token = _active.set(progress)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+        progress.close()
+
+
+@contextlib.contextmanager
+def layer_budget(default: MeasureBudget) -> Iterator[MeasureBudget]:
+    """The budget of the measurement inside, whose time is counted."""
+    progress = _active.get()
+    if progress is None:
+        yield default
+        return
+    started = time.perf_counter()
+    yield progress.layer_budget()
+    progress.advance((time.perf_counter() - started) * 1e3)

@@ -1,0 +1,102 @@
+"""Event-driven kernels on the CPU: the native engine bound to one call signature."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sparseflow.plan import Path, Reason
+
+from .base import Call, ConvCall, Layout, conv_layout
+from .cpu import engine
+from .select import Refusal
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def bind(x: Tensor, weight: Tensor, call: Call) -> EventConv | EventLinear | Refusal:
+    """An event-driven kernel for this signature, or why there is none."""
+    if x.device.type != "cpu":
+        return Refusal(Reason.DEVICE, f"the native engine runs on the CPU, the input is on {x.device}")
+    if x.dtype not in _DTYPES:
+        return Refusal(Reason.DTYPE, f"{x.dtype}; supported: float32, bfloat16, float16, float64")
+    if not engine.available():
+        return Refusal(Reason.NO_ENGINE, engine.reason())
+    if isinstance(call, ConvCall):
+        return _bind_conv(tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(), x.dtype, call)
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return EventLinear(rows, weight.shape[1], weight.shape[0], x.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind_conv(x_shape, x_stride, w_shape, w_stride, dtype, call: ConvCall) -> EventConv | Refusal:
+    layout = conv_layout(x_shape, x_stride, w_shape, w_stride, dtype, call)
+    geometry = engine.ConvGeometry.from_call(
+        x_shape, w_shape, call.stride, call.padding, call.dilation, call.groups
+    )
+    refusal = engine.conv_supported(geometry, dtype)
+    if refusal is not None:
+        return Refusal(Reason.NO_ENGINE, refusal)
+    return EventConv(geometry, layout, dtype)
+
+
+class EventConv:
+    """Convolution on the native engine: bits, event lists, weight rows added into registers."""
+
+    path = Path.EVENT
+
+    def __init__(self, geometry: engine.ConvGeometry, layout: Layout, dtype: torch.dtype):
+        self.geometry, self.layout, self.dtype = geometry, layout, dtype
+
+    def variants(self) -> tuple[str, ...]:
+        return tuple(v.name for v in engine.conv_variants(self.geometry, self.dtype))
+
+    def pack(self, weight: Tensor, variant: str) -> Tensor:
+        return engine.pack_conv_weight(weight.detach().to(self.dtype), self.geometry.groups, _variant(variant))
+
+    def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
+        if weight.dtype != self.dtype:  # packed from a cast copy under autocast: versions alone tell
+            return True
+        return engine.weights_match(weight, packed, self.geometry.groups, _variant(variant), offset)
+
+    def prescan(self, x: Tensor) -> engine.Prescan:
+        return engine.prescan_conv(x, self.geometry)
+
+    def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+        y = engine.conv(
+            x, scan, packed, bias, self.geometry, _variant(variant), channels_last=self.layout.channels_last
+        )
+        return y.view(self.layout.out_shape)
+
+
+class EventLinear:
+    """Linear layer on the native engine: only the weight rows of active inputs are read."""
+
+    path = Path.EVENT
+
+    def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
+        self.rows, self.in_features, self.out_features, self.dtype = rows, in_features, out_features, dtype
+
+    def variants(self) -> tuple[str, ...]:
+        found = engine.linear_variants(self.rows, self.in_features, self.out_features, self.dtype)
+        return tuple(v.name for v in found)
+
+    def pack(self, weight: Tensor, variant: str) -> Tensor:
+        return engine.pack_linear_weight(weight.detach().to(self.dtype), _variant(variant))
+
+    def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
+        if weight.dtype != self.dtype:
+            return True
+        return engine.weights_match(weight, packed, None, _variant(variant), offset)
+
+    def prescan(self, x: Tensor) -> engine.Prescan:
+        return engine.prescan_linear(x.reshape(self.rows, self.in_features))
+
+    def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+        y = engine.linear(x.reshape(self.rows, self.in_features), scan, packed, bias, _variant(variant))
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+_variant = functools.lru_cache(maxsize=256)(engine.Variant.from_name)

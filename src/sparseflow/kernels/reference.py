@@ -1,0 +1,58 @@
+"""The oracle: the dense layer in float64, and the error budget a sparse path is held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Call
+
+
+def _double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach().double() for t in tensors]
+
+
+def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    """The dense result in float64, whatever the dtype of the arguments.
+
+    >>> import torch
+    >>> from sparseflow.kernels.base import LinearCall
+    >>> oracle(torch.eye(2), torch.tensor([[1., 2.], [3., 4.]]), None, LinearCall())
+    tensor([[1., 3.],
+            [2., 4.]], dtype=torch.float64)
+    """
+    x64, w64, b64 = _double(x, weight, bias)
+    assert x64 is not None
+    assert w64 is not None
+    return call.dense(x64, w64, b64)
+
+
+def error_budget(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    """Largest admissible ``|sparse - oracle|``, element by element, in float64.
+
+    Twice the worst error of the dense path in the same dtype, plus one rounding band: the machine epsilon of the
+    dtype times the sum of the magnitudes that were added up (Higham, *Accuracy and Stability of Numerical
+    Algorithms*, section 4.2, with one rounding a result instead of one a term).
+    """
+    exact = oracle(x, weight, bias, call)
+    with torch.no_grad():
+        dense = call.dense(x.detach(), weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype))
+    magnitude = oracle(x.abs(), weight.abs(), None if bias is None else bias.abs(), call)
+    worst = (dense.double() - exact).abs().max() if exact.numel() else exact.new_zeros(())
+    return 2 * worst + torch.finfo(x.dtype).eps * magnitude
+
+
+def excess(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> float:
+    """How far ``y`` lies outside the budget, in units of the budget: at most 1 is correct.
+
+    Elements where the oracle itself is not finite must be equally non-finite in ``y``.
+    """
+    exact = oracle(x, weight, bias, call)
+    if not exact.numel():
+        return 0.0
+    finite = exact.isfinite()
+    if not torch.equal(y.isfinite(), finite):
+        return float("inf")
+    budget = error_budget(x, weight, bias, call).clamp_min(torch.finfo(torch.float64).tiny)
+    ratio = (y.detach().double() - exact).abs() / budget
+    return float(ratio[finite].max()) if bool(finite.any()) else 0.0

@@ -1,0 +1,226 @@
+"""From a model to swapped layers: trace, draft the plan, swap, and run the example once so that layers measure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import MeasureBudget
+from .dispatch.cache import Calibration
+from .dispatch.progress import measuring
+from .dispatch.runtime import LayerRuntime, RuntimeConfig
+from .errors import BackendUnavailableError, NothingAcceleratedWarning, UnsupportedModelError
+from .frameworks import restore_state, snapshot_state
+from .graph import LayerSite, SpikeMap, candidates, refuse, spike_map
+from .kernels.cpu import engine
+from .kernels.select import BACKENDS
+from .modules.swap import runtimes, swap, unswap
+from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
+
+logger = logging.getLogger("sparseflow")
+RECORD = "_sparseflow_model"
+MODES = ("auto", "sparse", "dense")
+
+Patterns = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The validated keyword arguments of :func:`sparseflow.accelerate`."""
+
+    backend: str
+    mode: str
+    include: Patterns
+    exclude: Patterns
+    calibration: Calibration | None
+    strict: bool
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        for option in ("include", "exclude"):
+            _check_patterns(option, getattr(self, option))
+        check_backend(self.backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecord:
+    """What an accelerated model remembers of its plan; the layers' own part lives in their runtimes."""
+
+    drafts: tuple[LayerPlan, ...]
+    sites: tuple[LayerSite, ...]
+    method: str
+    backend: str
+    fallback_detail: str
+
+
+def check_backend(backend: str) -> None:
+    """Raise for a backend that is unknown or cannot run here; ``"auto"`` always can."""
+    if backend == "triton":
+        cuda = "CUDA is not available to this PyTorch" if not torch.cuda.is_available() else "it needs a CUDA model"
+        raise BackendUnavailableError(
+            f"backend='triton': this version has no Triton kernels yet, and {cuda}. Use backend='auto' or 'cpu'."
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {(*BACKENDS, 'triton')}, got {backend!r}")
+    if backend == "cpu" and not engine.available():
+        raise BackendUnavailableError(
+            f"backend='cpu': the native engine is not available ({engine.reason()}). Install a C++ compiler and "
+            "reinstall, or use backend='torch'."
+        )
+
+
+def _check_patterns(option: str, patterns: Patterns) -> None:
+    if patterns is None or isinstance(patterns, str) or callable(patterns):
+        return
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{option} must be a glob pattern, a list of them or a function (name, module) -> bool")
+
+
+def _matches(patterns: Patterns, name: str, module: nn.Module) -> bool:
+    if patterns is None:
+        return False
+    if callable(patterns):
+        return bool(patterns(name, module))
+    return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model's forward from what the user passed as an example.
+
+    >>> as_arguments((1, 2)), as_arguments({"x": 3}), as_arguments(4)
+    (((1, 2), {}), ((), {'x': 3}), ((4,), {}))
+    """
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+@contextlib.contextmanager
+def unobserved(model: nn.Module) -> Iterator[None]:
+    """Run the model inside without a trace: neuron state, buffers and RNG are put back, no user hook fires."""
+    stored = [(m, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+    snapshot = snapshot_state(model)
+    try:
+        for module, hooks, pre_hooks in stored:
+            module._forward_hooks, module._forward_pre_hooks = type(hooks)(), type(pre_hooks)()
+        yield
+    finally:
+        for module, hooks, pre_hooks in stored:
+            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+        restore_state(model, snapshot)
+
+
+def lower(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> None:
+    """Plan, swap and measure. Leaves the model as it was if anything fails."""
+    refusals = {name: refuse(module) for name, module in candidates(model).items()}  # some show only in hooks
+    try:
+        with unobserved(model):
+            spikes = spike_map(model, args, kwargs)
+        drafts = _drafts(model, spikes, refusals, options)
+        _swap_all(model, drafts, options)
+        model.__dict__[RECORD] = ModelRecord(
+            drafts, spikes.layers, spikes.method, options.backend, spikes.fallback_detail
+        )
+        _warm_up(model, args, kwargs)
+        _announce(model, options)
+    except BaseException:
+        raise_layers(model)
+        raise
+
+
+def raise_layers(model: nn.Module) -> None:
+    """Put every swapped layer below ``model`` back to its own class and forget the plan."""
+    modules = dict(model.named_modules())
+    for name in runtimes(model):
+        unswap(modules[name])
+    model.__dict__.pop(RECORD, None)
+
+
+Refusals = dict[str, tuple[Reason, str] | None]
+
+
+def _drafts(model: nn.Module, spikes: SpikeMap, refusals: Refusals, options: Options) -> tuple[LayerPlan, ...]:
+    sites = {site.name: site for site in spikes.layers}
+    modules = candidates(model)
+    ordered = [name for name in sites if name in modules] + [name for name in modules if name not in sites]
+    return tuple(_draft(name, modules[name], sites.get(name), refusals[name], options) for name in ordered)
+
+
+def _draft(
+    name: str, module: nn.Module, site: LayerSite | None, refusal: tuple[Reason, str] | None, options: Options
+) -> LayerPlan:
+    if site is None:
+        kind = type(module).__name__.lower()
+        return LayerPlan(name, kind, Path.DENSE, Reason.NEVER_RUN, Provenance.DENSE)
+    reason, detail = _decide(name, module, site, refusal, options)
+    return LayerPlan(name, site.kind, Path.DENSE, reason, site.provenance, detail)
+
+
+def _decide(
+    name: str, module: nn.Module, site: LayerSite, refusal: tuple[Reason, str] | None, options: Options
+) -> tuple[Reason, str]:
+    if site.provenance is Provenance.DENSE:
+        return Reason.NOT_SPIKE_FED, site.detail
+    if refusal is not None:
+        return refusal
+    included = options.include is None or _matches(options.include, name, module)
+    if not included or _matches(options.exclude, name, module):
+        return Reason.EXCLUDED, site.detail
+    if options.mode == "dense":
+        return Reason.MODE, site.detail
+    return Reason.NOT_MEASURED, site.detail
+
+
+def _swap_all(model: nn.Module, drafts: tuple[LayerPlan, ...], options: Options) -> None:
+    known = options.calibration.crossovers if options.calibration and options.calibration.fits else {}
+    if options.calibration and not known:
+        logger.warning("the calibration was measured on another machine or with other versions; measuring again")
+    config = RuntimeConfig(backend=options.backend, mode=options.mode, known=known)
+    modules = candidates(model)
+    for draft in drafts:
+        if draft.reason is Reason.NOT_MEASURED:
+            swap(modules[draft.name], LayerRuntime(draft, config))
+
+
+def _warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the example once: every layer binds its kernel and measures, the report has densities."""
+    with torch.no_grad(), unobserved(model), measuring(len(runtimes(model)), MeasureBudget()):
+        model(*args, **kwargs)
+
+
+def current_plan(model: nn.Module) -> Plan:
+    """The plan of an accelerated model as it stands now."""
+    record: ModelRecord = model.__dict__[RECORD]
+    live = {name: runtime.describe() for name, runtime in runtimes(model).items()}
+    layers = {draft.name: live.get(draft.name, draft) for draft in record.drafts}
+    return Plan(_blocks(layers, record.sites), record.method, record.backend, record.fallback_detail)
+
+
+def _blocks(layers: dict[str, LayerPlan], sites: tuple[LayerSite, ...]) -> tuple[BlockPlan, ...]:
+    by_name = {site.name: site for site in sites}
+    return tuple(
+        BlockPlan((plan,), by_name[name].norm, by_name[name].neuron) if name in by_name else BlockPlan((plan,))
+        for name, plan in layers.items()
+    )
+
+
+def _announce(model: nn.Module, options: Options) -> None:
+    layers = current_plan(model).layers
+    sparse = [layer for layer in layers if layer.path is not Path.DENSE]
+    if sparse:
+        logger.info("%d of %d layers run sparse: %s", len(sparse), len(layers), type(model).__name__)
+        return
+    why = "; ".join(sorted({f"{layer.reason}" for layer in layers})) or "the model has no convolution or linear layer"
+    text = f"no layer of {type(model).__name__} runs sparse: {why}. sparseflow.report(model) lists every layer."
+    if options.strict:
+        raise UnsupportedModelError(text)
+    warnings.warn(text, NothingAcceleratedWarning, stacklevel=4)
