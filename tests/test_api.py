@@ -209,7 +209,11 @@ def test_verify_checks_every_nth_call_and_raises_on_a_wrong_result(net, monkeypa
     site = runtimes(net)["5"].last_site
     right = site.kernel.compute
     monkeypatch.setattr(site.kernel, "compute", lambda *args: right(*args) + 1e-3)
-    with pytest.raises(sparseflow.MismatchError, match="^5: the event result"), sparseflow.verify(net), torch.no_grad():
+    with (
+        pytest.raises(sparseflow.MismatchError, match=r"^5: the event result"),
+        sparseflow.verify(net),
+        torch.no_grad(),
+    ):
         net(images())
     with pytest.raises(ValueError, match="positive integer"), sparseflow.verify(net, every=0):
         pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import json
 from typing import Any
 
@@ -76,7 +77,7 @@ class Crossover:
         points = list(zip(self.densities, self.sparse_ms, strict=True))
         if density <= points[0][0]:
             return points[0][1]
-        for (d0, t0), (d1, t1) in zip(points, points[1:], strict=False):
+        for (d0, t0), (d1, t1) in itertools.pairwise(points):
             if density <= d1:
                 return t0 + (t1 - t0) * (density - d0) / (d1 - d0)
         return points[-1][1]
@@ -161,7 +162,7 @@ class Plan:
 
 def crossover_from_dict(data: dict[str, Any]) -> Crossover:
     """Rebuild a :class:`Crossover` from ``dataclasses.asdict`` output."""
-    return Crossover(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    return Crossover(**{**data, "densities": tuple(data["densities"]), "sparse_ms": tuple(data["sparse_ms"])})
 
 
 def _layer_from_dict(data: dict[str, Any]) -> LayerPlan:

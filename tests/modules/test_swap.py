@@ -23,7 +23,9 @@ def net():
 
 
 def ran_sparse(model) -> set[str]:
-    return {name for name, r in runtimes(model).items() if sum(n for path, n in r.stats.calls.items() if path != "dense")}
+    return {
+        name for name, r in runtimes(model).items() if sum(n for path, n in r.stats.calls.items() if path != "dense")
+    }
 
 
 def assert_agrees(model, x=None):

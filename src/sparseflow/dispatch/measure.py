@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def crossing(dense_ms: float, densities: Sequence[float], sparse_ms: Sequence[fl
     if sparse_ms[0] >= dense_ms:
         return 0.0
     points = list(zip(densities, sparse_ms, strict=True))
-    for (d0, t0), (d1, t1) in zip(points, points[1:], strict=False):
+    for (d0, t0), (d1, t1) in itertools.pairwise(points):
         if t1 >= dense_ms:
             return d0 + (d1 - d0) * (dense_ms - t0) / (t1 - t0)
     return points[-1][0]

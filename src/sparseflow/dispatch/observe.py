@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseflow.kernels.base import Call
+from sparseflow.kernels.select import Refusal
 from sparseflow.plan import Crossover, Path
 
 from .cache import LayerObservation
@@ -36,7 +37,7 @@ class CalibrationObserver:
         path: Path,  # noqa: ARG002
     ) -> None:
         site = runtime.last_site
-        if site is None or site.policy is None:
+        if site is None or site.policy is None or isinstance(site.kernel, Refusal):
             return
         scan = site.kernel.prescan(x)
         self.stats.add(scan)

@@ -133,7 +133,7 @@ class LayerRuntime:
         if self.disabled:
             return _dense(x, weight, bias, call)
         site = self._site(x, weight, bias, call)
-        path, y = self._attempt(site, x, weight, bias, call)
+        path, y = self._attempt(site, x, weight, bias)
         if y is None:
             y = _dense(x, weight, bias, call)
         self.stats.calls[path] += 1
@@ -141,9 +141,7 @@ class LayerRuntime:
             observer(self, x, weight, bias, call, y, path)
         return y
 
-    def _attempt(
-        self, site: _Site, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call
-    ) -> tuple[Path, Tensor | None]:
+    def _attempt(self, site: _Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Path, Tensor | None]:
         """The sparse result, or ``None`` where dense is to run."""
         kernel, policy = site.kernel, site.policy
         if isinstance(kernel, Refusal) or policy is None or policy.skip_scan():
@@ -170,9 +168,7 @@ class LayerRuntime:
         self.last_site = site
         return site
 
-    def _new_site(
-        self, key: tuple[object, ...], x: Tensor, weight: Tensor, bias: Tensor | None, call: Call
-    ) -> _Site:
+    def _new_site(self, key: tuple[object, ...], x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> _Site:
         site = _Site(select(x, weight, call, self.config.backend))
         if not isinstance(site.kernel, Refusal) and x.numel():
             site.policy = Policy(self._crossover(site.kernel, x, weight, bias, call))

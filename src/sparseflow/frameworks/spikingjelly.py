@@ -161,3 +161,8 @@ _DESCRIBED: dict[str, Callable[[Any], NeuronSpec]] = {"IFNode": _if, "LIFNode": 
 
 STATE_METHODS = ("reset", "detach")
 """Methods by which a forward changes the memory of a stateful module (``functional.reset_net`` calls ``reset``)."""
+
+
+def layer_class(name: str) -> type[nn.Module] | None:
+    """SpikingJelly's wrapper of the torch layer called ``name`` (``"Conv2d"``, ``"Linear"``...), if it is imported."""
+    return getattr(sys.modules.get(f"{_ROOT}.layer"), name, None)

@@ -121,7 +121,7 @@ def conv_layout(
     dtype: torch.dtype,
     call: ConvCall,
 ) -> Layout:
-    """Ask PyTorch itself, on fake tensors, what its dense convolution would return: the sparse one must look the same."""
+    """Ask PyTorch itself, on fake tensors, what its dense convolution returns: the sparse one looks the same."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.no_grad(), FakeTensorMode():

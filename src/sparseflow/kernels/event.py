@@ -33,9 +33,7 @@ def bind(x: Tensor, weight: Tensor, call: Call) -> EventConv | EventLinear | Ref
 @functools.lru_cache(maxsize=1024)
 def _bind_conv(x_shape, x_stride, w_shape, w_stride, dtype, call: ConvCall) -> EventConv | Refusal:
     layout = conv_layout(x_shape, x_stride, w_shape, w_stride, dtype, call)
-    geometry = engine.ConvGeometry.from_call(
-        x_shape, w_shape, call.stride, call.padding, call.dilation, call.groups
-    )
+    geometry = engine.ConvGeometry.from_call(x_shape, w_shape, call.stride, call.padding, call.dilation, call.groups)
     refusal = engine.conv_supported(geometry, dtype)
     if refusal is not None:
         return Refusal(Reason.NO_ENGINE, refusal)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.jit._trace import is_tracing
 from torch.nn.modules.conv import _ConvNd
 
 from sparseflow.dispatch.runtime import LayerRuntime
@@ -24,7 +26,7 @@ class _Swapped(nn.Module):
     _sparseflow: LayerRuntime
     _sparseflow_original: type[nn.Module]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self)._sparseflow_original,), self.__dict__.copy()
 
     def extra_repr(self) -> str:
@@ -50,6 +52,9 @@ class SpikeConv(_Swapped):
 
 class SpikeLinear(_Swapped):
     """Mixed in before the linear layer's own class."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., M]``."""
@@ -98,7 +103,7 @@ def _run(runtime: LayerRuntime, x: Tensor, weight: Tensor, bias: Tensor | None, 
     """Route one eager call: autograd goes through the registered operation, plain tensors directly."""
     autocast = torch.is_autocast_enabled(x.device.type)
     x = _autocast(x) if autocast else x
-    if type(x) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(x) or torch.jit.is_tracing():
+    if type(x) not in _PLAIN or is_functorch_wrapped_tensor(x) or is_tracing():
         return call.dense(x, weight, bias)
     if x.dtype != weight.dtype and not autocast:
         return call.dense(x, weight, bias)  # raises what the dense layer raises
@@ -117,7 +122,7 @@ def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     mixin = SpikeConv if issubclass(original, _ConvNd) else SpikeLinear
     body = {"_sparseflow_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"Spike{original.__name__}", (mixin, original), body)
+    return type(f"Spike{original.__name__}", (mixin, original), body)  # type: ignore[return-value]
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
