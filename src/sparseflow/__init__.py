@@ -21,8 +21,7 @@ from .frameworks import register_neuron
 from .frameworks.spec import NeuronSpec
 from .observe import profile, verify
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "BackendUnavailableError",

@@ -14,6 +14,7 @@ import torch
 
 from .dispatch.fingerprint import cpu_model
 from .kernels.cpu import engine
+from .version import __version__
 
 _PACKAGES = ("torch", "spikingjelly", "snntorch", "triton", "numpy")
 
@@ -25,8 +26,6 @@ def environment() -> dict[str, Any]:
     >>> record["torch"] == torch.__version__, record["threads"] == torch.get_num_threads()
     (True, True)
     """
-    from . import __version__
-
     commit = _commit()
     return {
         "sparseflow": __version__,

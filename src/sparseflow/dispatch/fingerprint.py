@@ -11,6 +11,7 @@ import platform
 import torch
 
 from sparseflow.kernels.cpu import engine
+from sparseflow.version import __version__
 
 SCHEMA = 1
 
@@ -28,8 +29,6 @@ def cpu_model() -> str:
 @functools.lru_cache(maxsize=1)
 def fingerprint() -> dict[str, str | int]:
     """Machine and library versions a crossover is valid for."""
-    from sparseflow import __version__
-
     return {
         "schema": SCHEMA,
         "sparseflow": __version__,
