@@ -1,0 +1,194 @@
+// The exported functions: picks an instruction set, owns the workspaces, packs weights.
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "abi.h"
+
+extern const SfKernels sf_kernels_portable;
+#if defined(__x86_64__)
+extern const SfKernels sf_kernels_avx2;
+extern const SfKernels sf_kernels_avx512;
+#endif
+
+namespace {
+
+class Workspace {
+ public:
+  ~Workspace() { free(memory_); }
+
+  void* reserve(int64_t bytes) {
+    if (bytes > capacity_) {
+      free(memory_);
+      const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+      capacity_ = posix_memalign(&memory_, 64, size_t(rounded)) == 0 ? rounded : 0;
+      if (capacity_ == 0) memory_ = nullptr;
+    }
+    return memory_;
+  }
+
+  void fill(int byte) {
+    if (memory_ != nullptr) memset(memory_, byte, size_t(capacity_));
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+thread_local Workspace workspace;
+
+const SfKernels* const kCandidates[] = {
+#if defined(__x86_64__)
+    &sf_kernels_avx512,
+    &sf_kernels_avx2,
+#endif
+    &sf_kernels_portable,
+};
+
+bool runs_here(const SfKernels* kernels) {
+#if defined(__x86_64__)
+  if (kernels == &sf_kernels_avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  }
+  if (kernels == &sf_kernels_avx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  }
+#endif
+  return kernels == &sf_kernels_portable;
+}
+
+const SfKernels* kernels = nullptr;
+
+// Where weight (output o, tap, channel c of its group) lies in a packed tensor.
+struct PackedOrder {
+  int64_t outputs, channels, taps, block, blocks;
+
+  PackedOrder(int64_t out_channels, int64_t group_channels, int64_t groups, int64_t taps, int64_t block)
+      : outputs(out_channels / groups),
+        channels(group_channels),
+        taps(taps),
+        block(block),
+        blocks((outputs + block - 1) / block) {}
+
+  int64_t at(int64_t o, int64_t tap, int64_t c) const {
+    const int64_t group = o / outputs, within = o % outputs;
+    return (((group * blocks + within / block) * taps + tap) * channels + c) * block + within % block;
+  }
+};
+
+struct WeightView {
+  const char* data;
+  int64_t size[5], stride[5];  // out, in, kd, kh, kw; strides in elements
+
+  int64_t at(int64_t o, int64_t tap, int64_t c) const {
+    const int64_t kw = tap % size[4], kh = tap / size[4] % size[3], kd = tap / size[4] / size[3];
+    return o * stride[0] + c * stride[1] + kd * stride[2] + kh * stride[3] + kw * stride[4];
+  }
+};
+
+template <class Element>
+void pack(const WeightView& w, int64_t groups, int64_t block, Element* packed, int threads) {
+  const int64_t taps = w.size[2] * w.size[3] * w.size[4], channels = w.size[1], outputs = w.size[0] / groups;
+  const int64_t blocks = (outputs + block - 1) / block;
+  const auto* data = reinterpret_cast<const Element*>(w.data);
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t b = 0; b < groups * blocks; b++) {
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t first = b / blocks * outputs + b % blocks * block;
+      const int64_t left = outputs - b % blocks * block, valid = left < block ? left : block;
+      Element* row = packed + (b * taps + tap) * channels * block;
+      for (int64_t c = 0; c < channels; c++, row += block) {
+        const Element* from = data + w.at(first, tap, c);
+        for (int64_t i = 0; i < valid; i++) row[i] = from[i * w.stride[0]];
+        for (int64_t i = valid; i < block; i++) row[i] = 0;
+      }
+    }
+  }
+}
+
+template <class Element>
+bool match(const WeightView& w, int64_t groups, int64_t block, const Element* packed, int64_t offset,
+           int64_t samples) {
+  const int64_t taps = w.size[2] * w.size[3] * w.size[4], channels = w.size[1];
+  const PackedOrder order(w.size[0], channels, groups, taps, block);
+  const auto* data = reinterpret_cast<const Element*>(w.data);
+  const int64_t total = w.size[0] * taps * channels;
+  for (int64_t i = 0; i < samples; i++) {
+    // One sample in each of `samples` equal strata, at a place inside it that moves with `offset`.
+    const int64_t begin = total * i / samples, end = total * (i + 1) / samples;
+    if (begin == end) continue;
+    const uint64_t scattered = uint64_t(offset) * 0x9e3779b97f4a7c15u + uint64_t(i) * 0xbf58476d1ce4e5b9u;
+    const int64_t sample = begin + int64_t((scattered >> 20) % uint64_t(end - begin));
+    const int64_t o = sample / (channels * taps), c = sample / taps % channels, tap = sample % taps;
+    if (data[w.at(o, tap, c)] != packed[order.at(o, tap, c)]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+#define SF_EXPORT __attribute__((visibility("default")))
+
+void* sf_workspace(int64_t bytes) { return workspace.reserve(bytes); }
+
+SF_EXPORT int sf_abi_version() { return SF_ABI_VERSION; }
+
+// Picks an instruction set by name, or the best one for an empty name. Returns its name, null if it cannot run here.
+SF_EXPORT const char* sf_select(const char* isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  for (const SfKernels* candidate : kCandidates) {
+    if (runs_here(candidate) && (isa[0] == '\0' || strcmp(isa, candidate->isa) == 0)) {
+      kernels = candidate;
+      return candidate->isa;
+    }
+  }
+  return nullptr;
+}
+
+SF_EXPORT void sf_prescan(const SfScan* s, const void* x, uint64_t* bits, uint32_t* row_counts, int64_t* counts,
+                          int threads) {
+  kernels->prescan[s->type](*s, x, bits, row_counts, counts, threads);
+}
+
+SF_EXPORT void sf_conv(const SfConv* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
+                       const void* packed, const void* bias, void* out, int graded, int threads) {
+  kernels->conv[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+}
+
+SF_EXPORT void sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
+                         const void* packed, const void* bias, void* out, int graded, int threads) {
+  kernels->linear[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+}
+
+// Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][taps][C/groups][block].
+SF_EXPORT void sf_pack(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
+                       int64_t element_bytes, void* packed, int threads) {
+  WeightView w{static_cast<const char*>(weight), {}, {}};
+  memcpy(w.size, size, sizeof w.size);
+  memcpy(w.stride, stride, sizeof w.stride);
+  if (element_bytes == 2) pack(w, groups, block, static_cast<uint16_t*>(packed), threads);
+  if (element_bytes == 4) pack(w, groups, block, static_cast<uint32_t*>(packed), threads);
+  if (element_bytes == 8) pack(w, groups, block, static_cast<uint64_t*>(packed), threads);
+}
+
+// 1 if `samples` stratified elements of the weight equal their packed copies.
+SF_EXPORT int sf_match(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
+                       int64_t element_bytes, const void* packed, int64_t offset, int64_t samples) {
+  WeightView w{static_cast<const char*>(weight), {}, {}};
+  memcpy(w.size, size, sizeof w.size);
+  memcpy(w.stride, stride, sizeof w.stride);
+  if (element_bytes == 2) return match(w, groups, block, static_cast<const uint16_t*>(packed), offset, samples);
+  if (element_bytes == 4) return match(w, groups, block, static_cast<const uint32_t*>(packed), offset, samples);
+  return match(w, groups, block, static_cast<const uint64_t*>(packed), offset, samples);
+}
+
+// Tests only: overwrites this thread's scratch memory, so that a kernel that reads what it did not write is found out.
+SF_EXPORT void sf_poison_workspace(int byte) { workspace.fill(byte); }
+}

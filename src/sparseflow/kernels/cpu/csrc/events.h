@@ -1,0 +1,221 @@
+// Stage 1b: from bits to lists of weight rows, one list per output row, walked by a sliding window.
+//
+// An entry is the byte offset of a weight row. Packed weights are ordered [kernel row][kx][channel], a "kernel row" r
+// being one (kd, kh) pair, and an event of channel c in input column j (counted in dilation steps) is written as
+//   ((r * KW + j) * C + c) * row_bytes.
+// Seen from the output pixel whose window starts at column j0 the row wanted is kx = j - j0, so the pixel subtracts
+// j0 * C * row_bytes from the weight pointer, and its whole receptive field is the contiguous run of entries of columns
+// j0 .. j0 + KW - 1. Each event is written once per kernel row instead of once per tap.
+#pragma once
+
+#include "abi.h"
+#include "prescan.h"
+#include "simd.h"
+
+namespace sparseflow::SF_NAMESPACE {
+
+constexpr int64_t kListSlack = 64;  // entries that may be written past the end of a list
+
+// Appends base + scale * i for every set bit i; may write up to 16 entries past the end it returns.
+SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, uint32_t* out) {
+#if defined(SF_AVX512)
+  alignas(64) static const uint8_t kLanes64[64] = {
+      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+      32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  __m512i channels = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kLanes64));
+  const __m512i scales = _mm512_set1_epi32((int)scale), bases = _mm512_set1_epi32((int)base);
+  const int n = popcount(bits);
+  for (int i = 0;;) {
+    const __m512i c = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(channels));
+    _mm512_storeu_si512(out + i, _mm512_add_epi32(_mm512_mullo_epi32(c, scales), bases));
+    i += 16;
+    if (__builtin_expect(i >= n, 1)) return out + n;
+    channels = _mm512_alignr_epi64(_mm512_setzero_si512(), channels, 2);
+  }
+#else
+  for (; bits != 0; bits &= bits - 1) *out++ = base + scale * (uint32_t)lowest_bit(bits);
+  return out;
+#endif
+}
+
+template <class T>
+SF_INLINE typename T::Acc* append_values(uint64_t bits, const typename T::Element* x, int64_t stride,
+                                         typename T::Acc* out) {
+  for (; bits != 0; bits &= bits - 1) *out++ = to_acc<T>(x[lowest_bit(bits) * stride]);
+  return out;
+}
+
+// Sizes that follow from a convolution's parameters and stay the same for all its tiles.
+struct ConvShape {
+  int64_t channels;         // input channels of one group
+  int64_t outputs;          // output channels of one group
+  int64_t words;            // words of one group's channels
+  int64_t pixel_words;      // words of one pixel
+  int64_t kernel_rows;      // kd * kh
+  int64_t blocks;           // packed output blocks of one group
+  int64_t weight_rows;      // packed weight rows of one block
+  int64_t out_rows;         // batch * od * oh
+  int64_t in_plane, out_plane;
+  int64_t pairs, slabs;     // (kernel row, word) pairs, and passes over them
+  int64_t tile_columns;     // output columns of a tile
+  int64_t phase_columns;    // input columns of one dilation phase that a tile reads
+  int64_t columns;          // the same in all phases
+  int64_t starts;           // list starts per slab: one per column and an end
+  int64_t list_capacity;    // entries of one output row
+
+  explicit ConvShape(const SfConv& p) {
+    channels = p.in_channels / p.groups;
+    outputs = p.out_channels / p.groups;
+    words = ceil_div(channels, 64);
+    pixel_words = ceil_div(p.in_channels, 64);
+    kernel_rows = p.kernel[0] * p.kernel[1];
+    blocks = ceil_div(outputs, p.block);
+    weight_rows = kernel_rows * p.kernel[2] * channels;
+    out_rows = p.batch * p.out_size[0] * p.out_size[1];
+    in_plane = p.in_size[0] * p.in_size[1] * p.in_size[2];
+    out_plane = p.out_size[0] * p.out_size[1] * p.out_size[2];
+    pairs = kernel_rows * words;
+    slabs = ceil_div(pairs, p.slab);
+    tile_columns = min(p.out_size[2], p.tile);
+    const int64_t reach = (tile_columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1;
+    phase_columns = ceil_div(reach, p.dilation[2]);
+    columns = phase_columns * p.dilation[2];
+    starts = columns + 1;
+    list_capacity = columns * kernel_rows * channels + kListSlack;
+  }
+};
+
+// Where the lists of one output row live.
+template <class T>
+struct RowLists {
+  uint32_t* entries;
+  typename T::Acc* values;  // null for binary input
+  uint32_t* starts;         // [slabs][phase][column] and an end each
+  bool empty;
+};
+
+// One kernel row that meets at least one event.
+struct InputRow {
+  int64_t kernel_row;
+  const uint64_t* bits;
+  int64_t x_offset;  // element offset of the row's first pixel, first channel of the group
+};
+
+// Finds the input rows that an output row reads and that hold events.
+class InputRowFinder {
+ public:
+  InputRowFinder(const SfConv& p, const ConvShape& shape, const uint64_t* bits, const uint32_t* row_counts)
+      : p_(p), s_(shape), bits_(bits), row_counts_(row_counts) {}
+
+  // Writes at most kernel_rows entries and returns how many.
+  int64_t find(int64_t row, int64_t first_channel, InputRow* inputs) const {
+    const int64_t oh = row % p_.out_size[1], od = row / p_.out_size[1] % p_.out_size[0];
+    const int64_t n = row / p_.out_size[1] / p_.out_size[0];
+    int64_t found = 0;
+    for (int64_t kd = 0; kd < p_.kernel[0]; kd++) {
+      const int64_t d = od * p_.stride[0] - p_.padding[0] + kd * p_.dilation[0];
+      if (d < 0 || d >= p_.in_size[0]) continue;
+      for (int64_t kh = 0; kh < p_.kernel[1]; kh++) {
+        const int64_t h = oh * p_.stride[1] - p_.padding[1] + kh * p_.dilation[1];
+        if (h < 0 || h >= p_.in_size[1]) continue;
+        const int64_t in_row = (n * p_.in_size[0] + d) * p_.in_size[1] + h;
+        if (row_counts_[in_row] == 0) continue;
+        const int64_t pixel = in_row * p_.in_size[2];
+        const int64_t x_offset = p_.x_channels_last
+                                     ? pixel * p_.in_channels + first_channel
+                                     : (n * p_.in_channels + first_channel - n) * s_.in_plane + pixel;
+        inputs[found++] = {kd * p_.kernel[1] + kh, bits_ + pixel * s_.pixel_words, x_offset};
+      }
+    }
+    return found;
+  }
+
+ private:
+  const SfConv& p_;
+  const ConvShape& s_;
+  const uint64_t* bits_;
+  const uint32_t* row_counts_;
+};
+
+template <class T>
+class ListBuilder {
+ public:
+  ListBuilder(const SfConv& p, const ConvShape& shape, const void* x, const uint64_t* bits, const uint32_t* row_counts)
+      : p_(p),
+        s_(shape),
+        x_(static_cast<const typename T::Element*>(x)),
+        finder_(p, shape, bits, row_counts),
+        row_bytes_(uint32_t(p.block * sizeof(typename T::Element))) {}
+
+  // Lists of output row `row`, columns from first_column on, input channels of `group`.
+  void build(int64_t row, int64_t first_column, int64_t group, InputRow* inputs, RowLists<T>& out) const {
+    const int64_t n = finder_.find(row, group * s_.channels, inputs);
+    out.empty = n == 0;
+    if (out.empty) {
+      __builtin_memset(out.starts, 0, s_.slabs * s_.starts * sizeof(uint32_t));
+      return;
+    }
+    const int64_t x0 = first_column * p_.stride[2] - p_.padding[2];
+    Cursor at{out.entries, out.values};
+    for (int64_t slab = 0; slab < s_.slabs; slab++) {
+      uint32_t* starts = out.starts + slab * s_.starts;
+      for (int64_t phase = 0; phase < p_.dilation[2]; phase++) {
+        for (int64_t j = 0; j < s_.phase_columns; j++) {
+          *starts++ = uint32_t(at.entry - out.entries);
+          const int64_t column = x0 + phase + j * p_.dilation[2];
+          if (column >= 0 && column < p_.in_size[2] && is_read(phase + j * p_.dilation[2])) {
+            append_column(slab, column, j, group, inputs, n, at);
+          }
+        }
+      }
+      *starts = uint32_t(at.entry - out.entries);
+    }
+  }
+
+ private:
+  struct Cursor {
+    uint32_t* entry;
+    typename T::Acc* value;
+  };
+
+  // False for columns that a stride larger than the kernel jumps over.
+  bool is_read(int64_t relative) const {
+    return p_.dilation[2] != 1 || p_.stride[2] <= p_.kernel[2] || relative % p_.stride[2] < p_.kernel[2];
+  }
+
+  SF_INLINE_MEMBER void append_column(int64_t slab, int64_t column, int64_t j, int64_t group, const InputRow* inputs,
+                                      int64_t n, Cursor& at) const {
+    const int64_t first = slab * p_.slab, last = first + p_.slab;
+    for (const InputRow* in = inputs; in < inputs + n; in++) {
+      const int64_t pair = in->kernel_row * s_.words;
+      const int64_t w0 = max(0, first - pair), w1 = min(s_.words, last - pair);
+      const uint32_t base = uint32_t((in->kernel_row * p_.kernel[2] + j) * s_.channels) * row_bytes_;
+      const uint64_t* pixel = in->bits + column * s_.pixel_words;
+      for (int64_t w = w0; w < w1; w++) {
+        const uint64_t bits = p_.groups == 1 ? pixel[w] : group_bits(pixel, group, w);
+        if (at.value != nullptr) append_pixel_values(bits, in->x_offset, column, w, at);
+        at.entry = append_events(bits, base + uint32_t(64 * w) * row_bytes_, row_bytes_, at.entry);
+      }
+    }
+  }
+
+  uint64_t group_bits(const uint64_t* pixel, int64_t group, int64_t w) const {
+    return read_bits(pixel, group * s_.channels + 64 * w, min(64, s_.channels - 64 * w));
+  }
+
+  void append_pixel_values(uint64_t bits, int64_t x_offset, int64_t column, int64_t w, Cursor& at) const {
+    if (p_.x_channels_last) {
+      at.value = append_values<T>(bits, x_ + x_offset + column * p_.in_channels + 64 * w, 1, at.value);
+    } else {
+      at.value = append_values<T>(bits, x_ + x_offset + column + 64 * w * s_.in_plane, s_.in_plane, at.value);
+    }
+  }
+
+  const SfConv& p_;
+  const ConvShape& s_;
+  const typename T::Element* x_;
+  InputRowFinder finder_;
+  uint32_t row_bytes_;
+};
+
+}  // namespace sparseflow::SF_NAMESPACE
