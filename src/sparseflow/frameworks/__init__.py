@@ -11,6 +11,7 @@ from sparseflow.frameworks.registry import (
     neuron_spec,
     register_neuron,
     state_methods,
+    state_tensors,
     unregister_neuron,
 )
 from sparseflow.frameworks.spec import Charge, NeuronSpec, Reset, ResetTiming
@@ -31,5 +32,6 @@ __all__ = [
     "restore_state",
     "snapshot_state",
     "state_methods",
+    "state_tensors",
     "unregister_neuron",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from sparseflow.frameworks import snntorch, spikingjelly
@@ -105,3 +106,11 @@ def state_methods(module: nn.Module) -> tuple[str, ...]:
     if spikingjelly.is_memory_module(module):
         names += spikingjelly.STATE_METHODS
     return tuple(name for name in names if hasattr(type(module), name))
+
+
+def state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that ``module`` holds as its memory now, by attribute name."""
+    spec = neuron_spec(module)
+    names = spec.states if spec is not None else tuple(module.__dict__.get("_memories", ()))
+    values = {name: getattr(module, name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
