@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparseflow.frameworks import emitted, is_unknown_neuron, neuron_spec
 from sparseflow.graph.eligibility import candidates
-from sparseflow.graph.provenance import UNKNOWN, Call, Label, is_in_place, op_name, propagate
+from sparseflow.graph.provenance import UNKNOWN, ZEROS, Call, Label, is_in_place, op_name, propagate
 from sparseflow.plan import Provenance
 
 _SPIKE_INPUT_DENSITY = 0.5
@@ -31,7 +31,7 @@ class Feed:
     def join(self, label: Label) -> None:
         """Take one more call into account."""
         self.calls += 1
-        if label.provenance < self.label.provenance:
+        if label.provenance < self.label.provenance or self.label == ZEROS:
             self.label = label
 
 
@@ -83,9 +83,15 @@ class Recorder:
         for name, module in self._model.named_modules():
             if name in layers:
                 handles.append(module.register_forward_pre_hook(self._note_feed(name), with_kwargs=True))
-            if emitted(module) is not None:
-                handles.append(module.register_forward_hook(self._mark_spikes(name)))
-            elif next(module.children(), None) is None or is_unknown_neuron(module):
+            provenance = emitted(module)
+            if provenance is not None:
+                spec = neuron_spec(module)
+                index = spec.output_index if spec is not None else 0
+                handles.append(module.register_forward_hook(self._mark_spikes(Label(provenance, (name,)), index)))
+            elif is_unknown_neuron(module):
+                note = f"{name} ({type(module).__name__}, not a registered neuron)"
+                handles.append(module.register_forward_hook(self._name_output(note)))
+            elif next(module.children(), None) is None:
                 handles.append(module.register_forward_hook(self._name_output(name)))
         try:
             yield
@@ -104,27 +110,23 @@ class Recorder:
 
         return hook
 
-    def _mark_spikes(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            provenance = emitted(module)
-            if isinstance(output, (tuple, list)):
-                spec = neuron_spec(module)
-                output = output[spec.output_index if spec is not None else 0]
-            if isinstance(output, torch.Tensor) and provenance is not None:
-                self._labels[output] = Label(provenance, (name,))
+    def _mark_spikes(self, label: Label, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            spikes = output[index] if isinstance(output, (tuple, list)) else output
+            if isinstance(spikes, torch.Tensor):
+                self._labels[spikes] = label
 
         return hook
 
-    def _name_output(self, name: str) -> Callable[..., None]:
+    def _name_output(self, source: str) -> Callable[..., None]:
         """Name the module, not the operation in it, as the source of a dense tensor."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             inputs = {self.label_of(leaf) for leaf in _tensors(args)}
-            note = f" ({type(module).__name__}, not a registered neuron)" if is_unknown_neuron(module) else ""
             for leaf in _tensors(output):
                 label = self.label_of(leaf)
                 if label not in inputs and label.provenance is Provenance.DENSE:
-                    self._labels[leaf] = Label(Provenance.DENSE, (name + note,))
+                    self._labels[leaf] = Label(Provenance.DENSE, (source,))
 
         return hook
 
@@ -147,7 +149,7 @@ class LabelMode(TorchFunctionMode):
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     """Tensors in ``value``; not a tracer's stand-ins for them, which pass ``isinstance`` but have no identity here."""
-    items = value if isinstance(value, (tuple, list)) else (value,)
+    items = value if issubclass(type(value), (tuple, list)) else (value,)
     return [item for item in items if issubclass(type(item), torch.Tensor)]
 
 

@@ -75,8 +75,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
 
 def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Trace inside an :func:`isolated` context and report every operation to ``recorder``."""
-    tracer = ExampleTracer(recorder, *copied((args, kwargs)))
-    if is_time_leaf(model) or tracer.is_leaf_module(model, ""):
+    tracer = ExampleTracer(model, recorder, *copied((args, kwargs)))
+    if tracer.is_leaf_module(model, ""):
         raise TraceError(f"the model is a single {type(model).__name__}")
     before = _python_state(model)
     try:
@@ -99,8 +99,8 @@ class ExampleProxy(fx.Proxy):
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Forwards ask ``isinstance(x, torch.Tensor)``."""
-        return torch.Tensor if isinstance(self.value, torch.Tensor) else ExampleProxy
+        """Forwards ask ``isinstance(x, torch.Tensor)`` and ``isinstance(state, tuple)``."""
+        return type(self.value)
 
     def __getattr__(self, name: str) -> Any:
         if callable(getattr(type(self.value), name, None)):
@@ -139,16 +139,18 @@ class ExampleTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
+        self._whole = {module for module in model.modules() if self._keeps_whole(module)}
         self.entered: set[nn.Module] = set()
         self._recorder = recorder
         self._example = (args, kwargs)
-        recorder.label_inputs(args, kwargs)
         self._states: Any = WeakTensorKeyDictionary()
         self._thread = threading.get_ident()
         self._running = False
         self._autocast = torch.is_autocast_enabled()
+        self._note_states(model)
+        recorder.label_inputs(args, kwargs)
 
     @property
     def passive(self) -> bool:
@@ -157,10 +159,13 @@ class ExampleTracer(fx.Tracer):
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if is_container(m):
+        return m in self._whole
+
+    def _keeps_whole(self, module: nn.Module) -> bool:
+        if is_container(module):
             return False
-        known = is_time_leaf(m) or layer_kind(m) is not None or isinstance(m, NORMS)
-        return known or super().is_leaf_module(m, module_qualified_name)
+        known = is_time_leaf(module) or layer_kind(module) is not None or isinstance(module, NORMS)
+        return known or super().is_leaf_module(module, "")
 
     @override
     def call_module(
@@ -168,7 +173,7 @@ class ExampleTracer(fx.Tracer):
     ) -> Any:
         if self.passive:
             return forward(*args, **kwargs)
-        if not self.is_leaf_module(m, ""):
+        if m not in self._whole:
             self.entered.add(m)
         return super().call_module(m, forward, args, kwargs)
 
@@ -225,10 +230,10 @@ class ExampleTracer(fx.Tracer):
             return operator.attrgetter(target)(self.root)
         if kind == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        if kind == "call_function":
+        if kind == "call_function" and target is not call_state_method:
             return target(*args, **kwargs)
-        module = operator.attrgetter(target)(self.root)
-        result = module(*args, **kwargs)
+        module = args[0] if kind == "call_function" else operator.attrgetter(target)(self.root)
+        result = (target if kind == "call_function" else module)(*args, **kwargs)
         self._note_states(module)
         return result
 
@@ -238,7 +243,6 @@ class ExampleTracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """Placeholders named like the forward's parameters; arguments without a tensor keep the example's value."""
         root: Any = self.root
-        self._note_states(root)
         self.entered.add(root)
         parameters = inspect.signature(root.forward).parameters.values()
         bound = inspect.signature(root.forward).bind(*self._example[0], **self._example[1])
@@ -282,9 +286,7 @@ class ExampleTracer(fx.Tracer):
             if self.passive:
                 return original(*args, **kwargs)
             owner = self.create_proxy("get_attr", self.path_of_module(module), (), {})
-            result = self.create_proxy("call_function", call_state_method, (owner, name, *args), kwargs)
-            self._note_states(module)
-            return result
+            return self.create_proxy("call_function", call_state_method, (owner, name, *args), kwargs)
 
         return call
 
