@@ -20,7 +20,7 @@ def conv_net(width: int = 32, bias: bool = True) -> nn.Sequential:
     """Stem, two spike-fed convolutions, pooling, a spike-fed linear layer."""
     torch.manual_seed(1)
     sparseflow.register_neuron(Fire, overwrite=True)
-    return nn.Sequential(
+    net = nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1, bias=bias),
         Fire(),
         nn.Conv2d(width, width, 3, padding=1, bias=bias),
@@ -31,6 +31,10 @@ def conv_net(width: int = 32, bias: bool = True) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(width * 4, 10),
     )
+    with torch.no_grad():  # PyTorch's default weights leave every layer behind the first silent
+        for name in ("2", "5"):
+            net.get_submodule(name).weight.mul_(5.0)
+    return net
 
 
 SPIKE_FED = ("2", "5", "8")

@@ -80,7 +80,7 @@ class CrossoverCache:
             return _load(self.path)[0]
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s cannot be read (%s); measuring again", self.path, error)
             return {}
 
@@ -119,7 +119,7 @@ class Calibration:
         try:
             crossovers, extra = _load(pathlib.Path(path))
             layers = {name: LayerObservation(**o) for name, o in extra["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(f"{path} is not a calibration file: {error}") from error
         if extra.get("schema") != SCHEMA:
             raise CalibrationError(f"{path} has schema {extra.get('schema')}, this version reads schema {SCHEMA}")

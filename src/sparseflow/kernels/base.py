@@ -106,10 +106,15 @@ class Kernel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Output shape of a convolution and whether PyTorch would lay it out channels-last."""
+    """Output shape and strides of a convolution, and whether that is channels-last."""
 
     out_shape: tuple[int, ...]
+    out_stride: tuple[int, ...]
     channels_last: bool
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """An uninitialised output."""
+        return torch.empty_strided(self.out_shape, self.out_stride, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -128,4 +133,4 @@ def conv_layout(
         x = torch.empty_strided(x_shape, x_stride, dtype=dtype)
         weight = torch.empty_strided(w_shape, w_stride, dtype=dtype)
         y = call.dense(x, weight, None)
-    return Layout(tuple(y.shape), not y.is_contiguous())
+    return Layout(tuple(y.shape), y.stride(), not y.is_contiguous())

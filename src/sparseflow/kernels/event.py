@@ -63,10 +63,16 @@ class EventConv:
         return engine.prescan_conv(x, self.geometry)
 
     def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
-        y = engine.conv(
-            x, scan, packed, bias, self.geometry, _variant(variant), channels_last=self.layout.channels_last
+        return engine.conv(
+            x,
+            scan,
+            packed,
+            _as(bias, self.dtype),
+            self.geometry,
+            _variant(variant),
+            channels_last=self.layout.channels_last,
+            out=self.layout.empty(self.dtype),
         )
-        return y.view(self.layout.out_shape)
 
 
 class EventLinear:
@@ -87,14 +93,21 @@ class EventLinear:
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
         if weight.dtype != self.dtype:
             return True
-        return engine.weights_match(weight, packed, None, _variant(variant), offset)
+        return engine.weights_match(weight, packed, 1, _variant(variant), offset)
 
     def prescan(self, x: Tensor) -> engine.Prescan:
         return engine.prescan_linear(x.reshape(self.rows, self.in_features))
 
     def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
-        y = engine.linear(x.reshape(self.rows, self.in_features), scan, packed, bias, _variant(variant))
-        return y.view(*x.shape[:-1], self.out_features)
+        out = torch.empty(self.rows, self.out_features, dtype=self.dtype)
+        rows = x.reshape(self.rows, self.in_features)
+        engine.linear(rows, scan, packed, _as(bias, self.dtype), _variant(variant), out=out)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias as the engine reads it."""
+    return None if bias is None else bias.detach().to(dtype).contiguous()
 
 
 _variant = functools.lru_cache(maxsize=256)(engine.Variant.from_name)

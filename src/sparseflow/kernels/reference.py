@@ -32,14 +32,16 @@ def error_budget(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> 
 
     Twice the worst error of the dense path in the same dtype, plus one rounding band: the machine epsilon of the
     dtype times the sum of the magnitudes that were added up (Higham, *Accuracy and Stability of Numerical
-    Algorithms*, section 4.2, with one rounding a result instead of one a term).
+    Algorithms*, section 4.2, with one rounding a result instead of one a term). Float64 results have no better oracle
+    than another order of summation, so there every term may round.
     """
     exact = oracle(x, weight, bias, call)
     with torch.no_grad():
         dense = call.dense(x.detach(), weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype))
     magnitude = oracle(x.abs(), weight.abs(), None if bias is None else bias.abs(), call)
     worst = (dense.double() - exact).abs().max() if exact.numel() else exact.new_zeros(())
-    return 2 * worst + torch.finfo(x.dtype).eps * magnitude
+    roundings = weight[0].numel() + 1 if x.dtype == torch.float64 else 1
+    return 2 * worst + roundings * torch.finfo(x.dtype).eps * magnitude
 
 
 def excess(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> float:

@@ -1,0 +1,176 @@
+"""Whole models, dense and accelerated, in alternation on real data, against the strongest dense baselines.
+
+    python -m benchmarks.end_to_end [--out benchmarks/results/end_to_end.json] [--no-compile] [--only NAME]
+
+Baselines, all multi-step (every T in one call): ``eager`` as the user wrote it, ``eager channels_last``, ``compiled``
+(``torch.compile`` with inductor freezing: batch norm folded, weights prepacked) in fp32 and bf16. The digits net is
+trained; the ResNet-18 is a stand-in with random weights and batch norm calibrated on its input, labelled as such.
+The gate: every sparse layer inside its float64 error budget, and the share of equal predictions is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based.model import spiking_resnet
+from torch import Tensor, nn
+
+import sparseflow
+from sparseflow.bench.compare import alternate, quantiles
+from sparseflow.env import environment
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+from digits.data import encode, load_split
+from digits.net import TIME_STEPS, load_checkpoint
+
+_INPUTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model at one batch size: how to build it, and inputs ``[T, N, C, H, W]`` that follow each other."""
+
+    name: str
+    activity: str
+    build: Callable[[], nn.Module]
+    inputs: tuple[Tensor, ...]
+
+
+def digits(batch: int) -> Case:
+    """The trained digits net on test images."""
+    images = load_split()[1].images[: _INPUTS * batch]
+    inputs = tuple(encode(part, TIME_STEPS) for part in images.split(batch))
+    return Case(f"digits resnet18 @32, batch {batch}", "trained", load_checkpoint, inputs)
+
+
+def stand_in_resnet18(batch: int, side: int) -> Case:
+    """SpikingJelly's spiking_resnet18 at random weights with calibrated batch norm, on smooth random images."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(_INPUTS * batch, 3, side // 8, side // 8, generator=generator)
+    images = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    inputs = tuple(encode(part, TIME_STEPS) for part in images.split(batch))
+    return Case(
+        f"spiking_resnet18 @{side}, batch {batch}",
+        "random weights, batch norm calibrated",
+        lambda: _calibrated_resnet18(inputs[0]),
+        inputs,
+    )
+
+
+def _calibrated_resnet18(x: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    net = spiking_resnet.spiking_resnet18(
+        spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan(), detach_reset=True, num_classes=10
+    )
+    functional.set_step_mode(net, "m")
+    net.train()
+    with torch.no_grad():
+        for _ in range(20):
+            functional.reset_net(net)
+            net(x)
+    functional.reset_net(net)
+    return net.eval()
+
+
+def compiled(net: nn.Module, x: Tensor) -> nn.Module:
+    """``torch.compile`` with weights frozen into the graph: batch norm folded, convolutions prepacked."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    with inductor.patch(freezing=True), torch.no_grad():
+        fast = torch.compile(net)
+        for _ in range(3):
+            functional.reset_net(net)
+            fast(x)
+    return fast
+
+
+def baselines(case: Case, with_compile: bool) -> Iterator[tuple[str, nn.Module, torch.dtype]]:
+    """Name, network and input dtype of every dense competitor."""
+    yield "eager", case.build(), torch.float32
+    yield "eager channels_last", case.build().to(memory_format=torch.channels_last), torch.float32
+    if with_compile:
+        yield "compiled fp32", compiled(case.build(), case.inputs[0]), torch.float32
+        half = case.build().bfloat16()
+        yield "compiled bf16", compiled(half, case.inputs[0].bfloat16()), torch.bfloat16
+
+
+class Call:
+    """Runs a network on the next input, neuron state reset before."""
+
+    def __init__(self, net: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype):
+        self.net, self.inputs, self.turn = net, [x.to(dtype) for x in inputs], 0
+
+    def __call__(self) -> Tensor:
+        self.turn = (self.turn + 1) % len(self.inputs)
+        functional.reset_net(self.net)
+        return self.net(self.inputs[self.turn])
+
+
+def run(case: Case, repeats: int, with_compile: bool) -> dict:
+    """Times in ms, answers and the report of one case."""
+    net = sparseflow.accelerate(case.build(), case.inputs[0])
+    with torch.no_grad():
+        with sparseflow.verify(net) as watch:
+            ours = [_logits(net, x) for x in case.inputs]
+        with sparseflow.disabled(net):
+            dense = [_logits(net, x) for x in case.inputs]
+        agreement = float((torch.cat(ours).argmax(1) == torch.cat(dense).argmax(1)).float().mean())
+        runs = {name: Call(other, case.inputs, dtype) for name, other, dtype in baselines(case, with_compile)}
+        runs["sparseflow"] = Call(net, case.inputs, torch.float32)
+        alternate(runs, 3)
+        times = {name: quantiles(values) for name, values in alternate(runs, repeats).items()}
+    row = {"case": case.name, "activity": case.activity, "T": case.inputs[0].shape[0]}
+    row |= {"checked_layers": watch.checked, "worst_error_in_budgets": watch.worst, "agreement": agreement}
+    ours_ms = times["sparseflow"][1]
+    speedups = {name: value[1] / ours_ms for name, value in times.items() if name != "sparseflow"}
+    report = sparseflow.report(net).to_dict()
+    return {**row, "ms": times, "speedup_over": speedups, "report": report}
+
+
+def _logits(net: nn.Module, x: Tensor) -> Tensor:
+    functional.reset_net(net)
+    return net(x).mean(0)
+
+
+def cases() -> Iterator[Case]:
+    """Everything that is timed."""
+    for batch in (1, 8, 32):
+        yield digits(batch)
+    for batch, side in ((1, 64), (8, 64), (1, 160)):
+        yield stand_in_resnet18(batch, side)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/end_to_end.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--only", default="", help="substring of the cases to run")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    rows = []
+    for case in cases():
+        if options.only in case.name:
+            row = run(case, options.repeats, not options.no_compile)
+            rows.append(row)
+            speedups = ", ".join(f"{ratio:.2f}x over {name}" for name, ratio in row["speedup_over"].items())
+            print(f"{row['case']:36} {row['ms']['sparseflow'][1]:8.2f} ms  {speedups}", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"schema": 1, "environment": environment(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
