@@ -18,225 +18,88 @@ This module knows nothing of ``nn.Module`` and never decides whether sparse is w
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
-import math
-import re
+import os
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import loader
+from .geometry import DTYPES, WORD, ConvGeometry, ConvStruct, LinearStruct, ScanStruct, Structure, Variant
+from .schedule import conv_supported, conv_variants, linear_variants, resolve
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_DEPTHWISE, _PIXELS, _OUTPUTS, _ROWS = "depthwise", "pixels", "outputs", "rows"
-_MAX_OFFSET = 2**32  # weight rows are addressed by 32-bit byte offsets
+__all__ = [
+    "ConvGeometry",
+    "Prescan",
+    "Variant",
+    "available",
+    "conv",
+    "conv_supported",
+    "conv_variants",
+    "isa",
+    "linear",
+    "linear_variants",
+    "pack_conv_weight",
+    "pack_linear_weight",
+    "prescan_conv",
+    "prescan_linear",
+    "reason",
+    "select_isa",
+    "weights_match",
+]
 
-Padding = int | tuple[int, int]
-
+_SAMPLES = 32  # elements that weights_match compares
+# Elements of input plus additions below which waking other threads costs more than it saves (about 10 us).
+_MIN_PARALLEL_WORK = 1 << 18
 
 # ---- availability --------------------------------------------------------------------------------------------------
 
+_load_lock = threading.Lock()
+
 
 @functools.cache
-def _state() -> tuple[ctypes.CDLL | None, str]:
+def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         return loader.load(), ""
     except loader.EngineUnavailableError as error:
         return None, str(error)
 
 
-_state_lock = threading.Lock()
-
-
 def _library() -> ctypes.CDLL:
-    library = _state()[0]
+    library = _load()[0]
     if library is None:
-        raise RuntimeError(reason())
+        raise loader.EngineUnavailableError(reason())
     return library
 
 
 def available() -> bool:
     """True if the native engine can be used on this machine. Compiles it if that is still to be done."""
-    with _state_lock:
-        return _state()[0] is not None
+    with _load_lock:
+        return _load()[0] is not None
 
 
 def reason() -> str:
     """Why the engine is not available; empty if it is."""
-    with _state_lock:
-        return _state()[1]
+    with _load_lock:
+        return _load()[1]
 
 
 def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"portable"``; empty without an engine."""
-    return select_isa(_selected_isa) if available() else ""
-
-
-_selected_isa = ""
+    return _library().sf_isa().decode() if available() else ""
 
 
 def select_isa(name: str) -> str:
-    """Use another instruction set from now on, in the whole process; ``""`` means what the environment asked for.
+    """Use another instruction set in the whole process; ``""`` means what the environment asked for. Returns it.
 
     Raises :class:`~sparseflow.kernels.cpu.loader.EngineUnavailableError` if the processor does not have it.
     """
-    global _selected_isa
-    import os
-
-    chosen = loader.select(_library(), name or os.environ.get("SPARSEFLOW_ISA", ""))
-    _selected_isa = name
-    return chosen
+    return loader.select(_library(), name or os.environ.get("SPARSEFLOW_ISA", ""))
 
 
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
-class _ConvStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "in_channels", "out_channels", "groups")),
-        *((name, ctypes.c_int64 * 3) for name in ("in_size", "kernel", "stride", "padding", "dilation", "out_size")),
-        *((name, ctypes.c_int64) for name in ("block", "width", "slab", "tile")),
-        *((name, ctypes.c_int32) for name in ("type", "x_channels_last", "out_channels_last", "split_outputs")),
-    ]
-
-
-class _ScanStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "channels", "pixels", "row_pixels")),
-        *((name, ctypes.c_int32) for name in ("type", "channels_last")),
-    ]
-
-
-class _LinearStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "in_features", "out_features", "block", "slab")),
-        ("type", ctypes.c_int32),
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvGeometry:
-    """Sizes of one convolution call, always with three spatial dimensions (1-d and 2-d have leading ones).
-
-    ``padding`` is the padding before each dimension; what follows the data is implied by ``out_size``.
-    """
-
-    batch: int
-    in_channels: int
-    out_channels: int
-    groups: int
-    in_size: tuple[int, int, int]
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    dilation: tuple[int, int, int]
-    out_size: tuple[int, int, int]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_structs", {})
-
-    def __reduce__(self) -> tuple[type[ConvGeometry], tuple[object, ...]]:
-        return ConvGeometry, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-
-    @classmethod
-    def from_call(
-        cls,
-        x_shape: Sequence[int],
-        weight_shape: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[Padding],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> ConvGeometry:
-        """Geometry of ``conv(x [N, C, *size], weight [O, C / groups, *kernel])`` in 1, 2 or 3 dimensions.
-
-        ``padding`` holds, per dimension, a number or a ``(before, after)`` pair. Raises ``ValueError`` where PyTorch
-        would raise too.
-
-        >>> ConvGeometry.from_call((4, 64, 56, 56), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1).out_size
-        (1, 56, 56)
-        """
-        dims = len(x_shape) - 2
-        if not 1 <= dims <= 3 or len(weight_shape) != dims + 2:
-            raise ValueError(
-                f"expected [N, C, *size] with 1 to 3 dimensions, got {tuple(x_shape)}, {tuple(weight_shape)}"
-            )
-        if x_shape[1] != weight_shape[1] * groups or weight_shape[0] % groups:
-            raise ValueError(f"{x_shape[1]} channels do not fit weight {tuple(weight_shape)} with groups={groups}")
-        before = [p if isinstance(p, int) else p[0] for p in padding]
-        after = [p if isinstance(p, int) else p[1] for p in padding]
-        out_size = [
-            (size + b + a - d * (k - 1) - 1) // s + 1
-            for size, k, s, b, a, d in zip(x_shape[2:], weight_shape[2:], stride, before, after, dilation, strict=True)
-        ]
-        if min(out_size) < 1:
-            raise ValueError(f"kernel {tuple(weight_shape[2:])} does not fit input {tuple(x_shape[2:])}")
-
-        def three(values: Sequence[int], fill: int) -> tuple[int, int, int]:
-            padded = (*[fill] * (3 - dims), *values)
-            return padded[0], padded[1], padded[2]
-
-        return cls(
-            batch=x_shape[0],
-            in_channels=x_shape[1],
-            out_channels=weight_shape[0],
-            groups=groups,
-            in_size=three(x_shape[2:], 1),
-            kernel=three(weight_shape[2:], 1),
-            stride=three(stride, 1),
-            padding=three(before, 0),
-            dilation=three(dilation, 1),
-            out_size=three(out_size, 1),
-        )
-
-    @property
-    def depthwise(self) -> bool:
-        """One filter per channel."""
-        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
-
-    @property
-    def out_pixels(self) -> int:
-        """Output pixels of one image."""
-        return math.prod(self.out_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way to run a layer. ``block`` decides how weights are packed, the rest how they are walked.
-
-    ``structure``: threads share the output ``pixels`` or the ``outputs`` (channels); ``depthwise``; or, for linear
-    layers, whole weight ``rows`` are streamed. ``block``: output channels side by side in a packed row. ``width``:
-    output channels per walk over the events. ``slab``: (kernel row, 64-channel word) pairs per walk, 0 for all.
-    ``tile``: output pixels per tile.
-    """
-
-    structure: str
-    block: int
-    width: int
-    slab: int
-    tile: int
-
-    @property
-    def name(self) -> str:
-        """Stable text form; :meth:`from_name` reads it back.
-
-        >>> Variant.from_name("pixels-b64-w64-s0-t112").block
-        64
-        """
-        return f"{self.structure}-b{self.block}-w{self.width}-s{self.slab}-t{self.tile}"
-
-    @classmethod
-    def from_name(cls, name: str) -> Variant:
-        """The variant called ``name``. Raises ``ValueError`` if it is no variant's name."""
-        match = re.fullmatch(r"(depthwise|pixels|outputs|rows)-b(\d+)-w(\d+)-s(\d+)-t(\d+)", name)
-        if match is None:
-            raise ValueError(f"not a kernel variant: {name!r}")
-        block, width, slab, tile = (int(group) for group in match.groups()[1:])
-        return cls(match.group(1), block, width, slab, tile)
+# ---- stage 1 -------------------------------------------------------------------------------------------------------
 
 
 class Prescan(NamedTuple):
@@ -247,9 +110,8 @@ class Prescan(NamedTuple):
     occupied: int
     words: int
     binary: bool
-    bits: Tensor
-    row_counts: Tensor
-    source: Tensor
+    bits: Tensor  # int64: one bit per element, then one int32 count of events per row
+    source: Tensor  # the input as it was read: x itself, or a contiguous copy
     channels_last: bool
 
     @property
@@ -263,30 +125,43 @@ class Prescan(NamedTuple):
         return self.occupied / self.words if self.words else 0.0
 
 
-# ---- convolution ---------------------------------------------------------------------------------------------------
+def prescan_conv(x: Tensor, geometry: ConvGeometry) -> Prescan:
+    """Pack the events of ``x [N, C, *size]`` to bits and count them, in one pass.
+
+    Contiguous and channels_last ``x`` are read in place; any other layout is copied first.
+    """
+    channels_last = _is_channels_last(x)
+    if not channels_last:
+        x = x.contiguous()
+    structs: dict[Any, Any] = geometry._structs  # type: ignore[attr-defined]
+    cached = structs.get((x.dtype, channels_last))
+    if cached is None:
+        g = geometry
+        struct = ScanStruct(g.batch, g.in_channels, g.in_pixels, g.in_size[2], DTYPES[x.dtype], channels_last)
+        words = g.batch * g.in_pixels * -(-g.in_channels // WORD)
+        cached = ctypes.byref(struct), words, g.batch * g.in_size[0] * g.in_size[1]
+        structs[x.dtype, channels_last] = cached
+    return _prescan(x, cached, channels_last)
 
 
-def conv_supported(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
-    """``None`` if the engine covers the convolution, else one line that says why not."""
-    if dtype not in _DTYPES:
-        return f"{dtype} is not float32, bfloat16, float16 or float64"
-    group_channels = geometry.in_channels // geometry.groups
-    taps = math.prod(geometry.kernel)
-    columns = _MAX_TILE * geometry.stride[2] + geometry.kernel[2] * geometry.dilation[2]
-    if (taps + columns) * group_channels * 64 * dtype.itemsize >= _MAX_OFFSET:
-        return "the weights of one output block exceed 4 GiB"
-    return None
+def prescan_linear(x2d: Tensor) -> Prescan:
+    """Pack the events of ``x [rows, in_features]`` to bits and count them, in one pass."""
+    x2d = x2d.contiguous()
+    return _prescan(x2d, _linear_scan(*x2d.shape, x2d.dtype), True)
 
 
-_MAX_TILE = 256
+def _prescan(x: Tensor, cached: tuple[Any, int, int], channels_last: bool) -> Prescan:
+    struct, words, rows = cached
+    bits = torch.empty(words + (rows + 1) // 2, dtype=torch.int64)
+    counts = (ctypes.c_int64 * 3)()
+    numel = x.numel()
+    pointer = bits.data_ptr()
+    _library().sf_prescan(struct, x.data_ptr(), pointer, pointer + 8 * words, counts, _threads(numel))
+    nonzero, occupied, binary = counts
+    return Prescan(nonzero, numel, occupied, words, binary != 0, bits, x, channels_last)
 
 
-def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, ...]:
-    """Variants worth measuring for a convolution, best guess first."""
-    del dtype
-    if geometry.depthwise:
-        return (Variant(_DEPTHWISE, 64, 64, 0, 112),)
-    return (Variant(_PIXELS, 64, 64, 0, 112), Variant(_PIXELS, 32, 32, 0, 112))
+# ---- weights -------------------------------------------------------------------------------------------------------
 
 
 def pack_conv_weight(weight: Tensor, groups: int, variant: Variant) -> Tensor:
@@ -296,58 +171,33 @@ def pack_conv_weight(weight: Tensor, groups: int, variant: Variant) -> Tensor:
     are padded to a multiple of ``variant.block``.
     """
     weight = weight.detach()
-    size, stride = _five_dims(weight)
-    pack_groups = 1 if variant.structure == _DEPTHWISE else groups
-    outputs = -(-weight.shape[0] // pack_groups // variant.block) * variant.block * pack_groups
-    packed = torch.empty(outputs * math.prod(weight.shape[1:]), dtype=weight.dtype)
-    _library().sf_pack(
-        weight.data_ptr(),
-        size,
-        stride,
-        pack_groups,
-        variant.block,
-        weight.element_size(),
-        packed.data_ptr(),
-        torch.get_num_threads(),
-    )
+    size, stride = _five_dims(weight.shape, weight.stride())
+    groups = 1 if variant.structure == Structure.DEPTHWISE else groups
+    outputs = -(-weight.shape[0] // groups // variant.block) * variant.block * groups
+    packed = torch.empty(outputs * weight[0].numel() if outputs else 0, dtype=weight.dtype)
+    where = weight.data_ptr(), size, stride, groups, variant.block, weight.element_size(), packed.data_ptr()
+    _library().sf_pack(*where, _threads(packed.numel()))
     return packed
+
+
+def pack_linear_weight(weight: Tensor, variant: Variant) -> Tensor:
+    """``weight [out_features, in_features]`` in the order the kernels read it; see :func:`pack_conv_weight`."""
+    return pack_conv_weight(weight, 1, variant)
 
 
 def weights_match(weight: Tensor, packed: Tensor, groups: int, variant: Variant, offset: int) -> bool:
     """Compare 32 elements of ``weight``, spread over all of it, with their packed copies. Takes microseconds.
 
     ``offset`` moves the places looked at, so that repeated calls find any in-place change (one that did not raise
-    the tensor's version counter, such as a write through ``.data``) sooner or later.
+    the tensor's version counter, such as a write through ``.data``) sooner or later. ``groups`` is 1 for linear.
     """
-    size, stride = _five_dims(weight)
-    pack_groups = 1 if variant.structure == _DEPTHWISE else groups
-    return bool(
-        _library().sf_match(
-            weight.data_ptr(),
-            size,
-            stride,
-            pack_groups,
-            variant.block,
-            weight.element_size(),
-            packed.data_ptr(),
-            offset,
-            32,
-        )
-    )
+    size, stride = _five_dims(weight.shape, weight.stride())
+    groups = 1 if variant.structure == Structure.DEPTHWISE else groups
+    where = weight.data_ptr(), size, stride, groups, variant.block, weight.element_size(), packed.data_ptr()
+    return _library().sf_match(*where, offset, _SAMPLES) != 0
 
 
-def prescan_conv(x: Tensor, geometry: ConvGeometry) -> Prescan:
-    """Pack the events of ``x [N, C, *size]`` to bits and count them, in one pass.
-
-    Contiguous and channels_last ``x`` are read in place; any other layout is copied first.
-    """
-    channels_last = _is_channels_last(x)
-    if not channels_last and not x.is_contiguous():
-        x = x.contiguous()
-    struct = _scan_struct(geometry, x.dtype, channels_last)
-    pixels = geometry.batch * math.prod(geometry.in_size)
-    words = pixels * -(-geometry.in_channels // 64)
-    return _prescan(x, struct, words, geometry.batch * geometry.in_size[0] * geometry.in_size[1], channels_last)
+# ---- stage 2 -------------------------------------------------------------------------------------------------------
 
 
 def conv(
@@ -367,46 +217,14 @@ def conv(
     that shape, dtype and layout. Every element of the output is written exactly once.
     """
     if out is None:
-        out = _empty_output(x, geometry, channels_last)
+        out = _empty_output(x.dim(), packed.dtype, geometry, channels_last)
     if out.numel() == 0:
         return out
-    struct = _conv_struct(geometry, variant, packed.dtype, scan.channels_last, channels_last)
-    _library().sf_conv(
-        ctypes.byref(struct),
-        scan.source.data_ptr(),
-        scan.bits.data_ptr(),
-        scan.row_counts.data_ptr(),
-        packed.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        not scan.binary,
-        torch.get_num_threads(),
-    )
+    fixed = resolve(variant, geometry, packed.dtype, scan.density)
+    struct = _conv_struct(geometry, fixed, packed.dtype, scan.channels_last, channels_last)
+    work = scan.nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + out.numel()
+    _compute(_library().sf_conv, struct, scan, packed, bias, out, work)
     return out
-
-
-# ---- linear --------------------------------------------------------------------------------------------------------
-
-
-def linear_variants(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
-    """Variants worth measuring for ``[rows, in_features] x [out_features, in_features]``, best guess first."""
-    del in_features, dtype
-    wide = min(512, -(-out_features // 64) * 64)
-    stream, tiled = Variant(_ROWS, wide, wide, 4, 1), Variant(_OUTPUTS, 64, 64, 2, 64)
-    return (stream, tiled) if rows <= 4 else (tiled, stream)
-
-
-def pack_linear_weight(weight: Tensor, variant: Variant) -> Tensor:
-    """``weight [out_features, in_features]`` in the order the kernels read it; see :func:`pack_conv_weight`."""
-    return pack_conv_weight(weight, 1, variant)
-
-
-def prescan_linear(x2d: Tensor) -> Prescan:
-    """Pack the events of ``x [rows, in_features]`` to bits and count them, in one pass."""
-    x2d = x2d.contiguous()
-    rows, features = x2d.shape
-    struct = _linear_scan_struct(rows, features, x2d.dtype)
-    return _prescan(x2d, struct, rows * -(-features // 64), rows, True)
 
 
 def linear(
@@ -414,43 +232,52 @@ def linear(
 ) -> Tensor:
     """``x [rows, in_features]`` times weights packed for ``variant``: ``[rows, out_features]``.
 
-    ``out_features`` is taken from ``out`` or ``bias`` if given, else from the packed weights.
+    ``out_features`` is taken from ``out`` or ``bias`` if given, else from the packed weights (then it includes the
+    padding to ``variant.block``).
     """
     rows, features = x2d.shape
     if out is None:
         outputs = packed.numel() // features if bias is None else bias.numel()
-        out = torch.empty(rows, outputs, dtype=x2d.dtype)
+        out = torch.empty(rows, outputs, dtype=packed.dtype)
     if out.numel() == 0:
         return out
-    struct = _linear_struct(rows, features, out.shape[1], variant, packed.dtype)
-    library = _library()
-    call = library.sf_linear if variant.structure == _ROWS else library.sf_conv
-    call(
-        ctypes.byref(struct),
+    outputs, library = out.shape[1], _library()
+    work = scan.nonzero * outputs + out.numel()
+    if variant.structure == Structure.ROWS:
+        struct = _linear_struct(rows, features, outputs, variant, packed.dtype)
+        _compute(library.sf_linear, struct, scan, packed, bias, out, work)
+    else:
+        geometry = _linear_geometry(rows, features, outputs)
+        fixed = resolve(variant, geometry, packed.dtype, scan.density)
+        struct = _conv_struct(geometry, fixed, packed.dtype, True, True)
+        _compute(library.sf_conv, struct, scan, packed, bias, out, work)
+    return out
+
+
+def _compute(
+    function: Any, struct: Any, scan: Prescan, packed: Tensor, bias: Tensor | None, out: Tensor, work: int
+) -> None:
+    bits = scan.bits.data_ptr()
+    status = function(
+        struct,
         scan.source.data_ptr(),
-        scan.bits.data_ptr(),
-        scan.row_counts.data_ptr(),
+        bits,
+        bits + 8 * scan.words,
         packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         not scan.binary,
-        torch.get_num_threads(),
+        _threads(work),
     )
-    return out
+    if status != 0:
+        raise MemoryError("the native engine could not allocate its workspace")
 
 
-# ---- shared --------------------------------------------------------------------------------------------------------
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _MIN_PARALLEL_WORK else 1
 
 
-def _prescan(x: Tensor, struct: _ScanStruct, words: int, rows: int, channels_last: bool) -> Prescan:
-    bits = torch.empty(words, dtype=torch.int64)
-    row_counts = torch.empty(rows, dtype=torch.int32)
-    counts = (ctypes.c_int64 * 3)()
-    _library().sf_prescan(
-        ctypes.byref(struct), x.data_ptr(), bits.data_ptr(), row_counts.data_ptr(), counts, torch.get_num_threads()
-    )
-    nonzero, occupied, binary = counts
-    return Prescan(nonzero, x.numel(), occupied, words, bool(binary), bits, row_counts, x, channels_last)
+# ---- layouts and parameter structures ------------------------------------------------------------------------------
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -461,65 +288,56 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.transpose(1, 2).is_contiguous()
 
 
-def _empty_output(x: Tensor, geometry: ConvGeometry, channels_last: bool) -> Tensor:
-    size = geometry.out_size[5 - x.dim() :]
+def _empty_output(dims: int, dtype: torch.dtype, geometry: ConvGeometry, channels_last: bool) -> Tensor:
+    shape = (geometry.batch, geometry.out_channels, *geometry.out_size[5 - dims :])
     if not channels_last:
-        return torch.empty((geometry.batch, geometry.out_channels, *size), dtype=x.dtype)
-    dense = torch.empty((geometry.batch, *size, geometry.out_channels), dtype=x.dtype)
-    return dense.movedim(-1, 1)
+        return torch.empty(shape, dtype=dtype)
+    if dims == 3:
+        return torch.empty((shape[0], shape[2], shape[1]), dtype=dtype).transpose(1, 2)
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if dims == 4 else torch.channels_last_3d)
 
 
-def _five_dims(weight: Tensor) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_int64]]:
+@functools.lru_cache(maxsize=4096)
+def _five_dims(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, Any]:
     """Sizes and strides of a weight as [O, C, KD, KH, KW]."""
-    missing = 5 - weight.dim()
-    size = (*weight.shape[:2], *[1] * missing, *weight.shape[2:])
-    stride = (*weight.stride()[:2], *[0] * missing, *weight.stride()[2:])
-    return (ctypes.c_int64 * 5)(*size), (ctypes.c_int64 * 5)(*stride)
-
-
-def _scan_struct(geometry: ConvGeometry, dtype: torch.dtype, channels_last: bool) -> _ScanStruct:
-    structs: dict[object, ctypes.Structure] = geometry._structs  # type: ignore[attr-defined]
-    struct = structs.get((dtype, channels_last))
-    if struct is None:
-        pixels = math.prod(geometry.in_size)
-        struct = _ScanStruct(
-            geometry.batch, geometry.in_channels, pixels, geometry.in_size[2], _DTYPES[dtype], channels_last
-        )
-        structs[dtype, channels_last] = struct
-    return struct  # type: ignore[return-value]
+    ones, zeros = [1] * (5 - len(shape)), [0] * (5 - len(shape))
+    five = ctypes.c_int64 * 5
+    return five(*shape[:2], *ones, *shape[2:]), five(*strides[:2], *zeros, *strides[2:])
 
 
 def _conv_struct(
     geometry: ConvGeometry, variant: Variant, dtype: torch.dtype, x_channels_last: bool, out_channels_last: bool
-) -> _ConvStruct:
-    structs: dict[object, ctypes.Structure] = geometry._structs  # type: ignore[attr-defined]
+) -> Any:
+    structs: dict[Any, Any] = geometry._structs  # type: ignore[attr-defined]
     key = (variant, dtype, x_channels_last, out_channels_last)
     struct = structs.get(key)
     if struct is None:
-        three = ctypes.c_int64 * 3
-        pairs = geometry.kernel[0] * geometry.kernel[1] * -(-geometry.in_channels // geometry.groups // 64)
-        struct = structs[key] = _ConvStruct(
-            *(geometry.batch, geometry.in_channels, geometry.out_channels, geometry.groups),
-            *(three(*geometry.in_size), three(*geometry.kernel), three(*geometry.stride)),
-            *(three(*geometry.padding), three(*geometry.dilation), three(*geometry.out_size)),
-            *(variant.block, variant.width, variant.slab or pairs, variant.tile),
-            *(_DTYPES[dtype], x_channels_last, out_channels_last, variant.structure == _OUTPUTS),
+        g, three = geometry, ctypes.c_int64 * 3
+        pairs = g.kernel[0] * g.kernel[1] * -(-g.group_channels // WORD)
+        struct = structs[key] = ctypes.byref(
+            ConvStruct(
+                *(g.batch, g.in_channels, g.out_channels, g.groups),
+                *(three(*v) for v in (g.in_size, g.kernel, g.stride, g.padding, g.dilation, g.out_size)),
+                *(variant.block, variant.width, variant.slab or pairs, variant.tile),
+                *(DTYPES[dtype], x_channels_last, out_channels_last, variant.structure == Structure.OUTPUTS),
+            )
         )
-    return struct  # type: ignore[return-value]
+    return struct
 
 
-@functools.lru_cache(maxsize=1024)
-def _linear_scan_struct(rows: int, features: int, dtype: torch.dtype) -> _ScanStruct:
-    return _ScanStruct(rows, features, 1, 1, _DTYPES[dtype], True)
+@functools.lru_cache(maxsize=4096)
+def _linear_scan(rows: int, features: int, dtype: torch.dtype) -> tuple[Any, int, int]:
+    struct = ScanStruct(rows, features, 1, 1, DTYPES[dtype], True)
+    return ctypes.byref(struct), rows * -(-features // WORD), rows
 
 
-@functools.lru_cache(maxsize=1024)
-def _linear_struct(
-    rows: int, features: int, outputs: int, variant: Variant, dtype: torch.dtype
-) -> _LinearStruct | _ConvStruct:
-    if variant.structure == _ROWS:
-        words = -(-features // 64)
-        return _LinearStruct(rows, features, outputs, variant.block, variant.slab or words, _DTYPES[dtype])
+@functools.lru_cache(maxsize=4096)
+def _linear_struct(rows: int, features: int, outputs: int, variant: Variant, dtype: torch.dtype) -> Any:
+    slab = variant.slab or -(-features // WORD)
+    return ctypes.byref(LinearStruct(rows, features, outputs, variant.block, slab, DTYPES[dtype]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear_geometry(rows: int, features: int, outputs: int) -> ConvGeometry:
     ones = (1, 1, 1)
-    as_conv = ConvGeometry(rows, features, outputs, 1, ones, ones, ones, (0, 0, 0), ones, ones)
-    return _conv_struct(as_conv, variant, dtype, True, True)
+    return ConvGeometry(rows, features, outputs, 1, ones, ones, ones, (0, 0, 0), ones, ones)

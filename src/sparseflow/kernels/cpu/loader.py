@@ -76,9 +76,10 @@ def _open(path: Path) -> ctypes.CDLL | None:
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     signatures: dict[str, tuple[object, Sequence[object]]] = {
         "sf_select": (ctypes.c_char_p, [ctypes.c_char_p]),
+        "sf_isa": (ctypes.c_char_p, []),
         "sf_prescan": (None, [pointer] * 5 + [integer]),
-        "sf_conv": (None, [pointer] * 7 + [integer, integer]),
-        "sf_linear": (None, [pointer] * 7 + [integer, integer]),
+        "sf_conv": (integer, [pointer] * 7 + [integer, integer]),
+        "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
         "sf_pack": (None, [pointer] * 3 + [size, size, size, pointer, integer]),
         "sf_match": (integer, [pointer] * 3 + [size, size, size, pointer, size, size]),
         "sf_poison_workspace": (None, [integer]),

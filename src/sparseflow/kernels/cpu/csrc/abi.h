@@ -36,14 +36,14 @@ struct SfKernels {
   const char* isa;
   void (*prescan[SF_TYPES])(const SfScan&, const void* x, uint64_t* bits, uint32_t* row_counts, int64_t* counts,
                             int threads);
-  void (*conv[SF_TYPES])(const SfConv&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
+  // Both return 0, or 1 if there was no memory for the workspace.
+  int (*conv[SF_TYPES])(const SfConv&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
                          const void* packed, const void* bias, void* out, int graded, int threads);
-  void (*linear[SF_TYPES])(const SfLinear&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
+  int (*linear[SF_TYPES])(const SfLinear&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
                            const void* packed, const void* bias, void* out, int graded, int threads);
 };
 
 extern "C" {
 // Grow-only scratch memory of the calling thread, 64-byte aligned, contents unspecified; null when memory is out.
-// `bank` 0 is for the kernel called by Python, 1 is free for use by helpers inside it.
 void* sf_workspace(int64_t bytes);
 }

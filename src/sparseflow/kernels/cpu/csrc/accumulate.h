@@ -47,20 +47,22 @@ void accumulate_row(const RowPass<T>& pass) {
   constexpr int kChains = kSums >= 4 ? 1 : 4 / kSums;
   constexpr int kUnroll = kChains > 2 ? kChains : 2;
   using Vec = typename T::Vec;
-  for (int64_t p = 0; p < pass.pixels; p++) {
-    const uint32_t* window = pass.starts + pass.windows[p];
-    const uint32_t* e = pass.entries + window[0];
-    const uint32_t* const end = pass.entries + window[pass.kernel_columns];
-    const typename T::Acc* value = kGraded ? pass.values + window[0] : nullptr;
+  const RowPass<T> a = pass;  // a local copy: stores through `to` cannot alias it
+  const typename T::Acc* from = a.from;
+  typename T::Acc* to = a.to;
+  for (int64_t p = 0; p < a.pixels; p++, from += a.from_step, to += a.to_step) {
+    const uint32_t* window = a.starts + a.windows[p];
+    const uint32_t* e = a.entries + window[0];
+    const uint32_t* const end = a.entries + window[a.kernel_columns];
+    const typename T::Acc* value = kGraded ? a.values + window[0] : nullptr;
     const char* base[Q];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++) {
-      base[q] = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(pass.weights) + q * pass.block_bytes -
-                                              pass.shifts[p]);
+      base[q] = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(a.weights) + q * a.block_bytes - a.shifts[p]);
     }
     Vec sums[kChains][kSums] = {};
 #pragma GCC unroll 16
-    for (int v = 0; v < kSums; v++) sums[0][v] = load<Vec>(pass.from + p * pass.from_step + v * kLanes<T>);
+    for (int v = 0; v < kSums; v++) sums[0][v] = load<Vec>(from + v * kLanes<T>);
     for (; e + kUnroll <= end; e += kUnroll) {
 #pragma GCC unroll 4
       for (int i = 0; i < kUnroll; i++) {
@@ -74,7 +76,7 @@ void accumulate_row(const RowPass<T>& pass) {
       Vec sum = sums[0][v];
 #pragma GCC unroll 4
       for (int i = 1; i < kChains; i++) sum += sums[i][v];
-      store(pass.to + p * pass.to_step + v * kLanes<T>, sum);
+      store(to + v * kLanes<T>, sum);
     }
   }
 }
@@ -106,6 +108,7 @@ AccumulateRow<T> find_accumulate(int64_t block, int64_t blocks, bool graded) {
   constexpr int V = 16 / kLanes<T>;
   if (block == 16) return accumulate_blocks_of<T, V>(blocks, graded);
   if (block == 32) return accumulate_blocks_of<T, 2 * V>(blocks, graded);
+  if (block == 128) return accumulate_blocks_of<T, 8 * V>(blocks, graded);
   return accumulate_blocks_of<T, 4 * V>(blocks, graded);
 }
 

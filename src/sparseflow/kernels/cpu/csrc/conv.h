@@ -59,24 +59,25 @@ class Conv {
     bias_source_ = bias;
   }
 
-  void run() {
+  int run() {
     Arena sizes(nullptr);
     place(sizes);
     void* memory = sf_workspace(sizes.used());
-    if (memory == nullptr) return;
+    if (memory == nullptr) return 1;
     Arena arena(memory);
     place(arena);
     pad_bias<T>(bias_source_, p_.groups, s_.outputs, s_.blocks * p_.block, bias_);
     for (int64_t i = 0; i < s_.tile_columns; i++) {
       const int64_t relative = i * p_.stride[2], j = relative / p_.dilation[2];
       windows_[i] = uint32_t(relative % p_.dilation[2] * s_.phase_columns + j);
-      shifts_[i] = j * s_.channels * p_.block * int64_t(sizeof(Element));
+      shifts_[i] = j * s_.kernel_rows * s_.channels * p_.block * int64_t(sizeof(Element));
     }
     if (p_.split_outputs) {
       run_split_outputs();
     } else {
       run_split_pixels();
     }
+    return 0;
   }
 
  private:

@@ -55,11 +55,11 @@ class DepthwiseConv {
         threads_(threads),
         padded_channels_(s_.pixel_words * kWidth) {}
 
-  void run() {
+  int run() {
     Arena sizes(nullptr);
     place(sizes);
     void* memory = sf_workspace(sizes.used());
-    if (memory == nullptr) return;
+    if (memory == nullptr) return 1;
     Arena arena(memory);
     place(arena);
     pad_bias<T>(bias_source_, 1, p_.out_channels, padded_channels_, bias_);
@@ -69,6 +69,7 @@ class DepthwiseConv {
       const int64_t first = item % column_tiles * s_.tile_columns;
       add_row(item / column_tiles, first, min(s_.tile_columns, p_.out_size[2] - first));
     }
+    return 0;
   }
 
  private:
@@ -108,7 +109,7 @@ class DepthwiseConv {
   }
 
   const Element* weights(const InputRow& in, int64_t kx, int64_t word) const {
-    return packed_ + ((word * s_.kernel_rows + in.kernel_row) * p_.kernel[2] + kx) * kWidth;
+    return packed_ + ((word * p_.kernel[2] + kx) * s_.kernel_rows + in.kernel_row) * kWidth;
   }
 
   template <class Visit>

@@ -62,7 +62,7 @@ bool runs_here(const SfKernels* kernels) {
 
 const SfKernels* kernels = nullptr;
 
-// Where weight (output o, tap, channel c of its group) lies in a packed tensor.
+// Where weight (output o, tap, channel c of its group) lies in a packed tensor. Taps are counted [kw][kd][kh].
 struct PackedOrder {
   int64_t outputs, channels, taps, block, blocks;
 
@@ -84,7 +84,7 @@ struct WeightView {
   int64_t size[5], stride[5];  // out, in, kd, kh, kw; strides in elements
 
   int64_t at(int64_t o, int64_t tap, int64_t c) const {
-    const int64_t kw = tap % size[4], kh = tap / size[4] % size[3], kd = tap / size[4] / size[3];
+    const int64_t kh = tap % size[3], kd = tap / size[3] % size[2], kw = tap / size[3] / size[2];
     return o * stride[0] + c * stride[1] + kd * stride[2] + kh * stride[3] + kw * stride[4];
   }
 };
@@ -152,19 +152,21 @@ SF_EXPORT const char* sf_select(const char* isa) {
   return nullptr;
 }
 
+SF_EXPORT const char* sf_isa() { return kernels->isa; }
+
 SF_EXPORT void sf_prescan(const SfScan* s, const void* x, uint64_t* bits, uint32_t* row_counts, int64_t* counts,
                           int threads) {
   kernels->prescan[s->type](*s, x, bits, row_counts, counts, threads);
 }
 
-SF_EXPORT void sf_conv(const SfConv* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
-                       const void* packed, const void* bias, void* out, int graded, int threads) {
-  kernels->conv[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+SF_EXPORT int sf_conv(const SfConv* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
+                      const void* packed, const void* bias, void* out, int graded, int threads) {
+  return kernels->conv[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
 }
 
-SF_EXPORT void sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
-                         const void* packed, const void* bias, void* out, int graded, int threads) {
-  kernels->linear[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+SF_EXPORT int sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
+                        const void* packed, const void* bias, void* out, int graded, int threads) {
+  return kernels->linear[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
 }
 
 // Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][taps][C/groups][block].

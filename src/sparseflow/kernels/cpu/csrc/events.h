@@ -1,10 +1,10 @@
 // Stage 1b: from bits to lists of weight rows, one list per output row, walked by a sliding window.
 //
-// An entry is the byte offset of a weight row. Packed weights are ordered [kernel row][kx][channel], a "kernel row" r
-// being one (kd, kh) pair, and an event of channel c in input column j (counted in dilation steps) is written as
-//   ((r * KW + j) * C + c) * row_bytes.
+// An entry is the byte offset of a weight row. Packed weights are ordered [kx][kernel row][channel], a "kernel row" r
+// being one of R (kd, kh) pairs, and an event of channel c in input column j (counted in dilation steps) is written as
+//   ((j * R + r) * C + c) * row_bytes.
 // Seen from the output pixel whose window starts at column j0 the row wanted is kx = j - j0, so the pixel subtracts
-// j0 * C * row_bytes from the weight pointer, and its whole receptive field is the contiguous run of entries of columns
+// j0 * R * C * row_bytes from the weight pointer, and its whole receptive field is the contiguous run of entries of columns
 // j0 .. j0 + KW - 1. Each event is written once per kernel row instead of once per tap.
 #pragma once
 
@@ -189,7 +189,7 @@ class ListBuilder {
     for (const InputRow* in = inputs; in < inputs + n; in++) {
       const int64_t pair = in->kernel_row * s_.words;
       const int64_t w0 = max(0, first - pair), w1 = min(s_.words, last - pair);
-      const uint32_t base = uint32_t((in->kernel_row * p_.kernel[2] + j) * s_.channels) * row_bytes_;
+      const uint32_t base = uint32_t((j * s_.kernel_rows + in->kernel_row) * s_.channels) * row_bytes_;
       const uint64_t* pixel = in->bits + column * s_.pixel_words;
       for (int64_t w = w0; w < w1; w++) {
         const uint64_t bits = p_.groups == 1 ? pixel[w] : group_bits(pixel, group, w);

@@ -14,19 +14,18 @@
 namespace sparseflow::SF_NAMESPACE {
 
 template <class T>
-void conv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
+int conv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
           const void* bias, void* out, int graded, int threads) {
   if (p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels) {
-    DepthwiseConv<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
-  } else {
-    Conv<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
+    return DepthwiseConv<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
   }
+  return Conv<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
 }
 
 template <class T>
-void linear(const SfLinear& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
+int linear(const SfLinear& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
             const void* bias, void* out, int graded, int threads) {
-  Linear<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
+  return Linear<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
 }
 
 }  // namespace sparseflow::SF_NAMESPACE

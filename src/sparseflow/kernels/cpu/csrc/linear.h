@@ -38,11 +38,11 @@ class Linear {
     for (int64_t r = 0; r < p_.rows; r++) events_ += row_counts_[r];
   }
 
-  void run() {
+  int run() {
     Arena sizes(nullptr);
     place(sizes);
     void* memory = sf_workspace(sizes.used());
-    if (memory == nullptr) return;
+    if (memory == nullptr) return 1;
     Arena arena(memory);
     place(arena);
     pad_bias<T>(bias_source_, 1, p_.out_features, blocks_ * p_.block, bias_);
@@ -50,6 +50,7 @@ class Linear {
     for (int64_t r = 0; r < p_.rows; r++) at = append_row(r, at);
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
     for (int64_t b = 0; b < blocks_; b++) add_block(b, sums_ + thread_index() * p_.rows * p_.block);
+    return 0;
   }
 
  private:

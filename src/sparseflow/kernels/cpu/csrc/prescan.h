@@ -157,18 +157,19 @@ void pack_narrow_pixels(NonzeroScanner<T>& scanner, const typename T::Bits* x, i
 
 template <class T>
 void pack_channels_last(NonzeroScanner<T>& scanner, const SfScan& s, const typename T::Bits* x, uint64_t* bits) {
-  const int64_t pixels = s.batch * s.pixels, words = ceil_div(s.channels, 64);
+  const int64_t pixels = s.batch * s.pixels, full = s.channels / 64, rest = s.channels % 64;
 #pragma omp for schedule(static) nowait
   for (int64_t p0 = 0; p0 < pixels; p0 += 64) {
     const int64_t n = min(64, pixels - p0);
-    if (s.channels < 64) {
-      pack_narrow_pixels(scanner, x + p0 * s.channels, n, s.channels, bits + p0);
+    const typename T::Bits* from = x + p0 * s.channels;
+    uint64_t* to = bits + p0 * (full + (rest != 0));
+    if (full == 0) {
+      pack_narrow_pixels(scanner, from, n, s.channels, to);
       continue;
     }
-    for (int64_t p = p0; p < p0 + n; p++) {
-      for (int64_t w = 0; w < words; w++) {
-        bits[p * words + w] = scanner.scan(x + p * s.channels + 64 * w, min(64, s.channels - 64 * w));
-      }
+    for (int64_t p = 0; p < n; p++) {
+      for (int64_t w = 0; w < full; w++, from += 64) *to++ = scanner.scan(from, 64);
+      if (rest != 0) *to++ = scanner.scan(from, rest), from += rest;
     }
   }
 }

@@ -1,0 +1,68 @@
+"""Which variants suit a layer, and how an adaptive variant walks the weights at a given density.
+
+The numbers were measured on Zen 4 and are explained, with their figures, in ``docs/cpu-kernels.md``. They cost time
+when wrong, never results; the dispatcher measures the variants anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .geometry import DTYPES, WORD, ConvGeometry, Structure, Variant
+
+MAX_TILE = 256
+_MAX_OFFSET = 2**32  # weight rows are addressed by 32-bit byte offsets
+_L2_BYTES = 1 << 20
+_SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of them hit L1
+_MIN_SLAB_EVENTS = 24  # events per walk below which the cost of starting a walk outweighs the L1 hits
+_WIDE_DENSITY = 0.04  # below it walks are short, and one wide walk beats two narrow ones
+
+
+def conv_supported(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
+    """``None`` if the engine covers the convolution, else one line that says why not."""
+    if dtype not in DTYPES:
+        return f"{dtype} is not float32, bfloat16, float16 or float64"
+    columns = MAX_TILE * geometry.stride[2] + 2 * geometry.kernel[2] * geometry.dilation[2]
+    rows = (columns + geometry.kernel[2]) * geometry.kernel[0] * geometry.kernel[1] * geometry.group_channels
+    if rows * 128 * dtype.itemsize >= _MAX_OFFSET:
+        return "the weights of one output block exceed 4 GiB"
+    return None
+
+
+def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, ...]:
+    """Variants worth measuring for a convolution, best guess first."""
+    if geometry.depthwise:
+        return (Variant(Structure.DEPTHWISE, 64, 64, 0, 112),)
+    outputs = geometry.out_channels // geometry.groups
+    weight_bytes = geometry.out_channels * geometry.group_channels * geometry.taps * dtype.itemsize
+    if outputs <= 16:
+        return (Variant(Structure.PIXELS, 16),)
+    if outputs <= 32:
+        return (Variant(Structure.PIXELS, 32), Variant(Structure.PIXELS, 16))
+    pixels, shared = Variant(Structure.PIXELS, 32), Variant(Structure.OUTPUTS, 64)
+    if weight_bytes > _L2_BYTES:
+        return (shared, Variant(Structure.PIXELS, 64), pixels)
+    return (pixels, Variant(Structure.PIXELS, 64))
+
+
+def linear_variants(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
+    """Variants worth measuring for ``[rows, in_features] x [out_features, in_features]``, best guess first."""
+    del in_features, dtype
+    wide = min(512, -(-out_features // 64) * 64)
+    stream, tiled = Variant(Structure.ROWS, wide, wide, 4, 1), Variant(Structure.OUTPUTS, 64)
+    return (stream, tiled) if rows <= 4 else (tiled, stream)
+
+
+def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, density: float) -> Variant:
+    """The fixed variant that an adaptive one (``width`` 0) stands for at this density."""
+    if variant.width:
+        return variant
+    if density < _WIDE_DENSITY:
+        return Variant(variant.structure, variant.block, 128, 0, 112)
+    pair_rows = geometry.kernel[2] * min(WORD, geometry.group_channels)
+    pair_bytes = pair_rows * variant.block * dtype.itemsize
+    slab = max(1, _SLAB_BYTES // pair_bytes)
+    pairs = geometry.kernel[0] * geometry.kernel[1] * -(-geometry.group_channels // WORD)
+    if slab < pairs and density * slab * pair_rows >= _MIN_SLAB_EVENTS:
+        return Variant(variant.structure, variant.block, variant.block, slab, 224)
+    return Variant(variant.structure, variant.block, variant.block, 0, 112)
