@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], metavar="N")
     parser.add_argument("--images", type=int, default=360, help="use the first so many of the 360 test images")
-    parser.add_argument("--calls", type=int, default=100, help="least number of timed calls per run and batch size")
+    parser.add_argument("--calls", type=int, default=40, help="least number of timed calls per run and batch size")
     parser.add_argument("--compile", action="store_true", help="time torch.compile beside it (compiles for minutes)")
     parser.add_argument("--out", type=Path, default=Path("out"))
     return parser.parse_args(argv)

@@ -83,7 +83,7 @@ class TestReport:
 
     def test_json_alone_on_standard_output(self, model_file, capsys):
         assert cli.main(["report", f"{model_file}:build", "--json"]) == 0
-        assert [layer["kind"] for layer in json.loads(capsys.readouterr().out)["layers"]] == ["Linear", "Linear"]
+        assert [layer["kind"] for layer in json.loads(capsys.readouterr().out)["layers"]] == ["linear", "linear"]
 
     def test_html(self, model_file, tmp_path, capsys):
         page = tmp_path / "page.html"
@@ -99,7 +99,9 @@ class TestReport:
 class TestBench:
     def test_prints_times_and_speedup(self, model_file, capsys):
         assert cli.main(["bench", f"{model_file}:build", "--repeats", "2"]) == 0
-        assert "over 2 alternations" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "over 2 alternations" in out
+        assert "of 2 layers run sparse" in out
 
     def test_json_holds_result_and_environment(self, model_file, capsys):
         assert cli.main(["bench", f"{model_file}:build", "--repeats", "2", "--json"]) == 0

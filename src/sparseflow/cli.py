@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from . import api
 from .bench import compare
 from .bench.synthetic import NOTE, synthetic_network
 from .env import environment
-from .errors import SparseflowError
+from .errors import NothingAcceleratedWarning, SparseflowError
 
 
 class SpecError(SparseflowError):
@@ -99,7 +100,7 @@ def _bench(args: argparse.Namespace) -> int:
     model, example = _accelerated(args)
     result = compare(model, example, repeats=args.repeats)
     record = {"result": result.to_dict(), "environment": environment()}
-    print(json.dumps(record, indent=1) if args.json else result)
+    print(json.dumps(record, indent=1) if args.json else f"{api.report(model).summary}\n{result}")
     return 0 if result.matches else 1
 
 
@@ -111,7 +112,10 @@ def _accelerated(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         model, example = synthetic_network()
     else:
         model, example = load_spec(args.spec)
-    return api.accelerate(model, example, backend=args.backend), example
+    with warnings.catch_warnings():
+        # The summary, which both commands print, says the same.
+        warnings.simplefilter("ignore", NothingAcceleratedWarning)
+        return api.accelerate(model, example, backend=args.backend), example
 
 
 def load_spec(spec: str) -> tuple[nn.Module, Any]:

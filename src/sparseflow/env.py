@@ -16,7 +16,7 @@ from .dispatch.fingerprint import cpu_model
 from .kernels.cpu import engine
 from .version import __version__
 
-_PACKAGES = ("torch", "spikingjelly", "snntorch", "triton", "numpy")
+_PACKAGES = ("spikingjelly", "snntorch", "triton", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -37,6 +37,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "engine": engine.isa() if engine.available() else f"none: {engine.reason()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
         **{name: _version(name) for name in _PACKAGES},
     }
 

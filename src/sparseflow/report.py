@@ -271,7 +271,7 @@ def _table(*columns: tuple[str, JustifyMethod]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, (header, justify) in enumerate(columns):
-        table.add_column(header, justify=justify, no_wrap=index == 0 or justify == "right")
+        table.add_column(header, justify=justify, no_wrap=index == 0 or justify == "right", overflow="fold")
     return table
 
 
