@@ -82,12 +82,12 @@ def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwar
     try:
         with recorder.attached(), tracer.state_methods_as_operations(model), _Operations(tracer):
             graph = tracer.trace(model)
+        _check_python_state(tracer, before)
+        return fx.GraphModule(model, graph, type(model).__name__)
     except TraceError:
         raise
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {error}") from error
-    _check_python_state(tracer, before)
-    return fx.GraphModule(model, graph, type(model).__name__)
 
 
 class ExampleProxy(fx.Proxy):
@@ -110,8 +110,13 @@ class ExampleProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __iter__(self) -> Iterator[Any]:
-        indices = range(len(self.value))
-        return (self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in indices)
+        return (self[index] for index in range(len(self.value)))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
         return len(self.value)
@@ -134,6 +139,38 @@ class ExampleProxy(fx.Proxy):
         return self.value
 
 
+class IntProxy(ExampleProxy, int):
+    """A size that passes for a number where torch and Python insist on one, as ``torch.zeros(n)`` does."""
+
+    # torch refuses an overriding object as the first of several sizes; the mode sees the call all the same.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    def __new__(cls, _node: fx.Node, _tracer: ExampleTracer, value: int) -> IntProxy:
+        return int.__new__(cls, value)
+
+
+class SizeProxy(ExampleProxy, tuple):
+    """A shape that passes for one, as in ``torch.zeros(x.shape)``."""
+
+    def __new__(cls, _node: fx.Node, _tracer: ExampleTracer, value: torch.Size) -> SizeProxy:
+        return tuple.__new__(cls, value)
+
+
+_PROXIES: dict[type, type[ExampleProxy]] = {int: IntProxy, torch.Size: SizeProxy}
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[ExampleProxy, Any], Any]:
+    def method(self: ExampleProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+# Without these Python would turn ``x += y`` into ``x = x + y``, and other names of x would keep the old values.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(ExampleProxy, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+
+
 class ExampleTracer(fx.Tracer):
     """Builds the graph and runs every node on the example as it is added."""
 
@@ -141,14 +178,16 @@ class ExampleTracer(fx.Tracer):
 
     def __init__(self, model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self._whole = {module for module in model.modules() if self._keeps_whole(module)}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._whole = {module for module in self._names if self._keeps_whole(module)}
         self.entered: set[nn.Module] = set()
         self._recorder = recorder
         self._example = (args, kwargs)
         self._states: Any = WeakTensorKeyDictionary()
         self._thread = threading.get_ident()
         self._running = False
-        self._autocast = torch.is_autocast_enabled()
+        self._had_default = False
+        self._autocast = _autocast()
         self._note_states(model)
         recorder.label_inputs(args, kwargs)
 
@@ -186,7 +225,7 @@ class ExampleTracer(fx.Tracer):
 
     @override
     def create_arg(self, a: Any) -> Any:
-        if type(a) is ExampleProxy:
+        if _is_proxy(a):
             return a.node
         self._refuse_state(a)
         return super().create_arg(a)
@@ -210,11 +249,11 @@ class ExampleTracer(fx.Tracer):
     def record(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> ExampleProxy:
         """Add a node whose value on the example is known."""
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
-        return ExampleProxy(node, self, value)
+        return _PROXIES.get(type(value), ExampleProxy)(node, self, value)
 
     def evaluate(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one node on the example, labelling what it makes."""
-        if torch.is_autocast_enabled() != self._autocast:
+        if _autocast() != self._autocast:
             raise TraceError("the forward enters or leaves an autocast region, which a graph does not record")
         if _target_name(target) in _READS_DATA:
             raise TraceError(f"the forward reads tensor values ({_target_name(target)})")
@@ -263,6 +302,9 @@ class ExampleTracer(fx.Tracer):
         return (lambda *given: root.forward(*given, **named)), positional
 
     def _placeholder(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
+        if default is inspect.Parameter.empty and self._had_default:
+            default = None
+        self._had_default = default is not inspect.Parameter.empty
         node = self.graph.placeholder(name, default_value=default)
         has_tensor = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
         return ExampleProxy(node, self, value) if has_tensor else value
@@ -291,9 +333,9 @@ class ExampleTracer(fx.Tracer):
         return call
 
     def _note_states(self, module: nn.Module) -> None:
-        for name, part in module.named_modules():
+        for part in module.modules():
             for attribute, tensor in state_tensors(part).items():
-                self._states[tensor] = f"{attribute} of {name or type(module).__name__}"
+                self._states[tensor] = f"{attribute} of {self._names[part]}"
 
     def _refuse_state(self, value: Any) -> None:
         """A neuron's memory that the forward reads would become a constant of the graph."""
@@ -316,7 +358,7 @@ class _Operations(TorchFunctionMode):
             return func(*args, **kwargs)
         method = is_tensor_method_or_property(func)
         kind, target = ("call_method", func.__name__) if method else ("call_function", func)
-        if any(type(leaf) is ExampleProxy for leaf in tree_leaves((args, kwargs))):
+        if any(_is_proxy(leaf) for leaf in tree_leaves((args, kwargs))):
             return self._tracer.create_proxy(kind, target, args, kwargs)
         value = self._tracer.evaluate("call_function", func, args, kwargs)
         made_tensor = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
@@ -325,9 +367,14 @@ class _Operations(TorchFunctionMode):
         return self._tracer.record(kind, target, args, kwargs, value)
 
 
+def _is_proxy(value: Any) -> bool:
+    """``isinstance`` would believe a proxy that it is what it stands for."""
+    return issubclass(type(value), ExampleProxy)
+
+
 def _values(arguments: Any) -> Any:
     """Arguments of a node with every proxy replaced by its value on the example."""
-    if type(arguments) is ExampleProxy:
+    if _is_proxy(arguments):
         return arguments.value
     if isinstance(arguments, (list, tuple)):
         items = [_values(item) for item in arguments]
@@ -345,6 +392,10 @@ def _is_answer(target: Any, args: tuple[Any, ...], value: Any) -> bool:
     return isinstance(value, _CONSTANT) or name in _RANK
 
 
+def _autocast() -> tuple[bool, bool]:
+    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
 def _target_name(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", "")
 
@@ -357,11 +408,11 @@ def _python_state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
 def _check_python_state(tracer: ExampleTracer, before: dict[nn.Module, dict[str, Any]]) -> None:
     """State that a forward keeps in Python attributes would be lost in a graph."""
     for module in tracer.entered:
-        kept = [name for name, value in before[module].items() if module.__dict__.get(name) != value]
-        kept += [name for name, value in module.__dict__.items() if _holds_proxy(value)]
+        kept = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
+        kept += [n for n, value in before[module].items() if n not in kept and module.__dict__.get(n) != value]
         if kept:
             raise TraceError(f"{type(module).__name__} keeps state in {', '.join(kept)}; register it as a neuron")
 
 
 def _holds_proxy(value: Any) -> bool:
-    return any(type(leaf) is ExampleProxy for leaf in tree_leaves(value))
+    return any(_is_proxy(leaf) for leaf in tree_leaves(value))
