@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard src/sparseflow/kernels/cpu/csrc/*)
+NATIVE := $(wildcard src/sparseflow/kernels/cpu/csrc/* src/sparseflow/kernels/cpu/build.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check train bench clean
