@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -222,7 +223,7 @@ def crossover_key(path: Path, x: Tensor, weight: Tensor, call: Call) -> str:
 
     The batch is rounded up to a power of two; every other size counts exactly.
     """
-    lead = x.numel() // x.shape[-1] if not isinstance(call, ConvCall) else x.shape[0]
+    lead = x.shape[0] if isinstance(call, ConvCall) else math.prod(x.shape[:-1])
     bucket = 1 << max(0, lead - 1).bit_length()
     spatial = "x".join(map(str, x.shape[1:])) if isinstance(call, ConvCall) else str(x.shape[-1])
     layout = "first" if x.is_contiguous() else "last"

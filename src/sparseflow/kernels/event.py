@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ def bind(x: Tensor, weight: Tensor, call: Call) -> EventConv | EventLinear | Ref
         return Refusal(Reason.DTYPE, f"{x.dtype}; supported: float32, bfloat16, float16, float64")
     if not engine.available():
         return Refusal(Reason.NO_ENGINE, engine.reason())
+    if not weight.numel():
+        return Refusal(Reason.NO_ENGINE, "the weight is empty")
     if isinstance(call, ConvCall):
         return _bind_conv(tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(), x.dtype, call)
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return EventLinear(rows, weight.shape[1], weight.shape[0], x.dtype)
+    return EventLinear(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ wherever it loses.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ class GatherLinear:
         return torch.equal(flat[rows, column], packed[rows, column])
 
     def prescan(self, x: Tensor) -> GatherScan:
-        return _scan(x.reshape(-1, x.shape[-1]))
+        return _scan(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
     def compute(self, x: Tensor, scan: GatherScan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:  # noqa: ARG002
         return _bag(scan, packed, bias).view(*x.shape[:-1], packed.shape[1])
