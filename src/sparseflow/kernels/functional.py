@@ -77,12 +77,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer that reads only the weight rows of nonzero inputs; any values, differentiable.
 
     Args:
-        x: ``[..., K]``. weight: ``[M, K]``. bias: ``[M]`` or ``None``. Returns ``[..., M]``.
+        x: ``[..., K]``.
+        weight: ``[M, K]``.
+        bias: ``[M]`` or ``None``.
+
+    Returns:
+        ``[..., M]``.
+
+    Raises:
+        ValueError: ``weight`` is not a matrix, or no sparse kernel covers the dtype.
 
     >>> import torch
     >>> linear(torch.tensor([0., 1., 0.]), torch.arange(6.).view(2, 3))
     tensor([1., 4.])
     """
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [M, K], got shape {tuple(weight.shape)}")
     return torch.ops.sparseflow.linear(x, weight, bias, STATELESS)
 
 

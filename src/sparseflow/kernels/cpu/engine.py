@@ -175,7 +175,7 @@ def pack_conv_weight(weight: Tensor, groups: int, variant: Variant) -> Tensor:
     groups = 1 if variant.structure == Structure.DEPTHWISE else groups
     outputs = -(-weight.shape[0] // groups // variant.block) * variant.block * groups
     packed = torch.empty(outputs * weight[0].numel() if outputs else 0, dtype=weight.dtype)
-    where = weight.data_ptr(), size, stride, groups, variant.block, weight.element_size(), packed.data_ptr()
+    where = weight.data_ptr(), size, stride, groups, variant.block, DTYPES[weight.dtype], packed.data_ptr()
     _library().sf_pack(*where, _threads(packed.numel()))
     return packed
 
@@ -193,7 +193,7 @@ def weights_match(weight: Tensor, packed: Tensor, groups: int, variant: Variant,
     """
     size, stride = _five_dims(weight.shape, weight.stride())
     groups = 1 if variant.structure == Structure.DEPTHWISE else groups
-    where = weight.data_ptr(), size, stride, groups, variant.block, weight.element_size(), packed.data_ptr()
+    where = weight.data_ptr(), size, stride, groups, variant.block, DTYPES[weight.dtype], packed.data_ptr()
     return _library().sf_match(*where, offset, _SAMPLES) != 0
 
 

@@ -80,8 +80,8 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_prescan": (None, [pointer] * 5 + [integer]),
         "sf_conv": (integer, [pointer] * 7 + [integer, integer]),
         "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
-        "sf_pack": (None, [pointer] * 3 + [size, size, size, pointer, integer]),
-        "sf_match": (integer, [pointer] * 3 + [size, size, size, pointer, size, size]),
+        "sf_pack": (None, [pointer] * 3 + [size, size, integer, pointer, integer]),
+        "sf_match": (integer, [pointer] * 3 + [size, size, integer, pointer, size, size]),
         "sf_poison_workspace": (None, [integer]),
     }
     for name, (result, arguments) in signatures.items():

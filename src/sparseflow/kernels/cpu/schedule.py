@@ -35,10 +35,10 @@ def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, 
         return (Variant(Structure.DEPTHWISE, 64, 64, 0, 112),)
     outputs = geometry.out_channels // geometry.groups
     weight_bytes = geometry.out_channels * geometry.group_channels * geometry.taps * dtype.itemsize
-    if outputs <= 16:
+    if outputs <= 16 and dtype is not torch.bfloat16:  # bfloat16 rows come in blocks of at least 32 channels
         return (Variant(Structure.PIXELS, 16),)
     if outputs <= 32:
-        return (Variant(Structure.PIXELS, 32), Variant(Structure.PIXELS, 16))
+        return (Variant(Structure.PIXELS, 32),)
     pixels, shared = Variant(Structure.PIXELS, 32), Variant(Structure.OUTPUTS, 64)
     if weight_bytes > _L2_BYTES:
         return (shared, Variant(Structure.PIXELS, 64), pixels)

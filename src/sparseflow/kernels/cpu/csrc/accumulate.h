@@ -28,12 +28,12 @@ SF_INLINE void add_row(const char* const (&base)[Q], uint32_t offset, typename T
                        typename T::Vec (&sums)[V * Q]) {
 #pragma GCC unroll 4
   for (int q = 0; q < Q; q++) {
-    const auto* row = reinterpret_cast<const typename T::Element*>(base[q] + offset);
+    typename T::Vec weights[V];
+    load_weights<T, V>(reinterpret_cast<const typename T::Element*>(base[q] + offset), weights);
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) {
-      const typename T::Vec w = T::widen(row + v * kLanes<T>);
       typename T::Vec& sum = sums[q * V + v];
-      sum = kGraded ? multiply_add(w, splat<T>(value), sum) : sum + w;
+      sum = kGraded ? multiply_add(weights[v], splat<T>(value), sum) : sum + weights[v];
     }
   }
 }
@@ -102,11 +102,13 @@ AccumulateRow<T> accumulate_blocks_of(int64_t blocks, bool graded) {
   return blocks == 1 ? accumulate_blocks<T, V, 1>(graded) : nullptr;
 }
 
-// The pass that takes `blocks` packed blocks of `block` (16, 32, 64) channels, or null if there is none so wide.
+// The pass that takes `blocks` packed blocks of `block` (16, 32, 64, 128) channels, or null if there is none so wide.
 template <class T>
 AccumulateRow<T> find_accumulate(int64_t block, int64_t blocks, bool graded) {
   constexpr int V = 16 / kLanes<T>;
-  if (block == 16) return accumulate_blocks_of<T, V>(blocks, graded);
+  if constexpr (!kInterleaved<T>) {
+    if (block == 16) return accumulate_blocks_of<T, V>(blocks, graded);
+  }
   if (block == 32) return accumulate_blocks_of<T, 2 * V>(blocks, graded);
   if (block == 128) return accumulate_blocks_of<T, 8 * V>(blocks, graded);
   return accumulate_blocks_of<T, 4 * V>(blocks, graded);

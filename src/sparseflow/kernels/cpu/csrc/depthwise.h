@@ -1,5 +1,6 @@
-// Depthwise convolution: every channel has its own filter, so there is no weight row to add. Per output pixel and tap,
-// 64 channels of weights are added under the mask of that tap's spikes; taps without spikes cost one test.
+// Depthwise convolution: every channel has its own filter, so there is no weight row to add. Many spikes: per output
+// pixel and tap, 64 channels of weights are added under the mask of that tap's spikes. Few or graded ones: each is added
+// to the outputs it reaches.
 #pragma once
 
 #include "abi.h"
@@ -40,6 +41,8 @@ class DepthwiseConv {
   using Vec = typename T::Vec;
   static constexpr int L = kLanes<T>;
   static constexpr int64_t kWidth = 64;  // channels at a time: one word
+  static constexpr int kVectors = kWidth / L;
+  static constexpr double kScatterDensity = 0.08;
 
  public:
   DepthwiseConv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
@@ -53,7 +56,11 @@ class DepthwiseConv {
         output_{static_cast<Element*>(out), p.out_channels, s_.out_plane, p.out_channels_last != 0},
         graded_(graded),
         threads_(threads),
-        padded_channels_(s_.pixel_words * kWidth) {}
+        padded_channels_(s_.pixel_words * kWidth) {
+    int64_t events = 0;
+    for (int64_t i = 0; i < p_.batch * p_.in_size[0] * p_.in_size[1]; i++) events += row_counts[i];
+    scatter_ = graded || double(events) < kScatterDensity * double(p_.batch * p_.in_channels * s_.in_plane);
+  }
 
   int run() {
     Arena sizes(nullptr);
@@ -63,6 +70,9 @@ class DepthwiseConv {
     Arena arena(memory);
     place(arena);
     pad_bias<T>(bias_source_, 1, p_.out_channels, padded_channels_, bias_);
+    for (int64_t i = 0; i < s_.tile_columns * p_.stride[2]; i++) {
+      output_of_[i] = int32_t(i % p_.stride[2] == 0 ? i / p_.stride[2] : -1);
+    }
     const int64_t column_tiles = ceil_div(p_.out_size[2], s_.tile_columns);
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(dynamic, 4)
     for (int64_t item = 0; item < s_.out_rows * column_tiles; item++) {
@@ -75,6 +85,7 @@ class DepthwiseConv {
  private:
   void place(Arena& arena) {
     bias_ = arena.take<Acc>(padded_channels_);
+    output_of_ = arena.take<int32_t>(s_.tile_columns * p_.stride[2]);
     inputs_ = arena.take<InputRow>(threads_ * s_.kernel_rows);
     scratch_ = arena.take<Acc>(threads_ * s_.tile_columns * kWidth);
   }
@@ -92,12 +103,12 @@ class DepthwiseConv {
         fill_planar<T>(bias_ + channel, pixels, valid, to, output_.plane);
         continue;
       }
-      for (int64_t i = 0; i < pixels; i++) {
-        const int64_t x0 = (first + i) * p_.stride[2] - p_.padding[2];
-        if (graded_) {
-          add_pixel_graded(inputs, n, x0, word, scratch + i * kWidth);
-        } else {
-          add_pixel(inputs, n, x0, word, scratch + i * kWidth);
+      if (scatter_) {
+        for (int64_t i = 0; i < pixels; i++) __builtin_memcpy(scratch + i * kWidth, bias_ + channel, kWidth * sizeof(Acc));
+        for (int64_t i = 0; i < n; i++) scatter_row(inputs[i], first, pixels, word, scratch);
+      } else {
+        for (int64_t i = 0; i < pixels; i++) {
+          gather_pixel(inputs, n, (first + i) * p_.stride[2] - p_.padding[2], word, scratch + i * kWidth);
         }
       }
       if (output_.channels_last) {
@@ -112,42 +123,44 @@ class DepthwiseConv {
     return packed_ + ((word * p_.kernel[2] + kx) * s_.kernel_rows + in.kernel_row) * kWidth;
   }
 
-  template <class Visit>
-  SF_INLINE_MEMBER void for_occupied_taps(const InputRow* inputs, int64_t n, int64_t x0, int64_t word,
-                                          Visit visit) const {
+  // Dense spikes, output-stationary: the masked weights of every tap of one pixel.
+  void gather_pixel(const InputRow* inputs, int64_t n, int64_t x0, int64_t word, Acc* to) const {
+    Vec sums[kVectors];
+    for (int v = 0; v < kVectors; v++) sums[v] = load<Vec>(bias_ + word * kWidth + v * L);
     for (const InputRow* in = inputs; in < inputs + n; in++) {
       for (int64_t kx = 0; kx < p_.kernel[2]; kx++) {
         const int64_t column = x0 + kx * p_.dilation[2];
         if (column < 0 || column >= p_.in_size[2]) continue;
         const uint64_t bits = in->bits[column * s_.pixel_words + word];
-        if (bits != 0) visit(*in, kx, column, bits);
+        if (bits == 0) continue;
+        Vec taps[kVectors];
+        load_weights<T, kVectors>(weights(*in, kx, word), taps);
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; v++) sums[v] = add_masked(sums[v], bits >> (v * L), taps[v]);
       }
     }
+    for (int v = 0; v < kVectors; v++) store(to + v * L, sums[v]);
   }
 
-  void add_pixel(const InputRow* inputs, int64_t n, int64_t x0, int64_t word, Acc* to) const {
-    Vec sums[kWidth / L];
-    for (int v = 0; v < kWidth / L; v++) sums[v] = load<Vec>(bias_ + word * kWidth + v * L);
-    for_occupied_taps(inputs, n, x0, word, [&](const InputRow& in, int64_t kx, int64_t, uint64_t bits) {
-      const Element* w = weights(in, kx, word);
-#pragma GCC unroll 32
-      for (int v = 0; v < kWidth / L; v++) sums[v] = add_masked(sums[v], bits >> (v * L), T::widen(w + v * L));
-    });
-    for (int v = 0; v < kWidth / L; v++) store(to + v * L, sums[v]);
-  }
-
-  void add_pixel_graded(const InputRow* inputs, int64_t n, int64_t x0, int64_t word, Acc* to) const {
-    __builtin_memcpy(to, bias_ + word * kWidth, kWidth * sizeof(Acc));
+  // Few or graded spikes, spike-stationary: every event is added to the pixels its taps reach.
+  void scatter_row(const InputRow& in, int64_t first, int64_t pixels, int64_t word, Acc* row) const {
     const int64_t channel_step = p_.x_channels_last ? 1 : s_.in_plane;
     const int64_t column_step = p_.x_channels_last ? p_.in_channels : 1;
-    for_occupied_taps(inputs, n, x0, word, [&](const InputRow& in, int64_t kx, int64_t column, uint64_t bits) {
-      const Element* w = weights(in, kx, word);
-      const Element* x = x_ + in.x_offset + column * column_step + word * kWidth * channel_step;
+    const Element* w = weights(in, 0, word);
+    for (int64_t column = 0; column < p_.in_size[2]; column++) {
+      uint64_t bits = in.bits[column * s_.pixel_words + word];
       for (; bits != 0; bits &= bits - 1) {
-        const int c = lowest_bit(bits);
-        to[c] += to_acc<T>(w[c]) * to_acc<T>(x[c * channel_step]);
+        const int64_t c = lowest_bit(bits);
+        const Acc value =
+            graded_ ? to_acc<T>(x_[in.x_offset + column * column_step + (word * kWidth + c) * channel_step]) : Acc(1);
+        const Element* tap = w + packed_place<T>(c);
+        for (int64_t kx = 0; kx < p_.kernel[2]; kx++, tap += s_.kernel_rows * kWidth) {
+          const int64_t reached = column + p_.padding[2] - kx * p_.dilation[2] - first * p_.stride[2];
+          if (reached < 0 || reached >= pixels * p_.stride[2] || output_of_[reached] < 0) continue;
+          row[output_of_[reached] * kWidth + c] += to_acc<T>(*tap) * value;
+        }
       }
-    });
+    }
   }
 
   const SfConv& p_;
@@ -158,9 +171,11 @@ class DepthwiseConv {
   const void* bias_source_;
   const OutputRun<T> output_;
   const bool graded_;
+  bool scatter_;
   const int threads_;
   const int64_t padded_channels_;
   Acc* bias_;
+  int32_t* output_of_;  // per column within a tile's reach: its output pixel, or -1 between strides
   InputRow* inputs_;
   Acc* scratch_;
 };

@@ -62,26 +62,16 @@ bool runs_here(const SfKernels* kernels) {
 
 const SfKernels* kernels = nullptr;
 
-// Where weight (output o, tap, channel c of its group) lies in a packed tensor. Taps are counted [kw][kd][kh].
-struct PackedOrder {
-  int64_t outputs, channels, taps, block, blocks;
-
-  PackedOrder(int64_t out_channels, int64_t group_channels, int64_t groups, int64_t taps, int64_t block)
-      : outputs(out_channels / groups),
-        channels(group_channels),
-        taps(taps),
-        block(block),
-        blocks((outputs + block - 1) / block) {}
-
-  int64_t at(int64_t o, int64_t tap, int64_t c) const {
-    const int64_t group = o / outputs, within = o % outputs;
-    return (((group * blocks + within / block) * taps + tap) * channels + c) * block + within % block;
-  }
-};
+int64_t element_bytes(int type) { return type == SF_F64 ? 8 : type == SF_F32 ? 4 : 2; }
 
 struct WeightView {
   const char* data;
   int64_t size[5], stride[5];  // out, in, kd, kh, kw; strides in elements
+
+  WeightView(const void* data, const int64_t* size, const int64_t* stride) : data(static_cast<const char*>(data)) {
+    memcpy(this->size, size, sizeof this->size);
+    memcpy(this->stride, stride, sizeof this->stride);
+  }
 
   int64_t at(int64_t o, int64_t tap, int64_t c) const {
     const int64_t kh = tap % size[3], kd = tap / size[3] % size[2], kw = tap / size[3] / size[2];
@@ -89,33 +79,50 @@ struct WeightView {
   }
 };
 
+// Where weight (output o, tap, channel c of its group) lies in a packed tensor. Taps are counted [kw][kd][kh].
+struct PackedOrder {
+  int64_t outputs, channels, taps, block, blocks;
+  bool interleaved;
+
+  PackedOrder(const WeightView& w, int64_t groups, int64_t block, int type)
+      : outputs(w.size[0] / groups),
+        channels(w.size[1]),
+        taps(w.size[2] * w.size[3] * w.size[4]),
+        block(block),
+        blocks((outputs + block - 1) / block),
+        interleaved(type == SF_BF16) {}
+
+  int64_t at(int64_t o, int64_t tap, int64_t c) const {
+    const int64_t group = o / outputs, within = o % outputs;
+    return (((group * blocks + within / block) * taps + tap) * channels + c) * block + place(within % block);
+  }
+
+  // Place of output channel i within its block; packed_place in simd.h is the kernels' view of the same order.
+  int64_t place(int64_t i) const { return interleaved ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i; }
+};
+
 template <class Element>
-void pack(const WeightView& w, int64_t groups, int64_t block, Element* packed, int threads) {
-  const int64_t taps = w.size[2] * w.size[3] * w.size[4], channels = w.size[1], outputs = w.size[0] / groups;
-  const int64_t blocks = (outputs + block - 1) / block;
+void pack(const WeightView& w, const PackedOrder& order, Element* packed, int threads) {
   const auto* data = reinterpret_cast<const Element*>(w.data);
+  const int64_t groups = w.size[0] / order.outputs, block = order.block;
 #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t b = 0; b < groups * blocks; b++) {
-    for (int64_t tap = 0; tap < taps; tap++) {
-      const int64_t first = b / blocks * outputs + b % blocks * block;
-      const int64_t left = outputs - b % blocks * block, valid = left < block ? left : block;
-      Element* row = packed + (b * taps + tap) * channels * block;
-      for (int64_t c = 0; c < channels; c++, row += block) {
+  for (int64_t b = 0; b < groups * order.blocks; b++) {
+    for (int64_t tap = 0; tap < order.taps; tap++) {
+      const int64_t within = b % order.blocks * block, first = b / order.blocks * order.outputs + within;
+      const int64_t left = order.outputs - within, valid = left < block ? left : block;
+      Element* row = packed + (b * order.taps + tap) * order.channels * block;
+      for (int64_t c = 0; c < order.channels; c++, row += block) {
         const Element* from = data + w.at(first, tap, c);
-        for (int64_t i = 0; i < valid; i++) row[i] = from[i * w.stride[0]];
-        for (int64_t i = valid; i < block; i++) row[i] = 0;
+        for (int64_t i = 0; i < block; i++) row[order.place(i)] = i < valid ? from[i * w.stride[0]] : Element(0);
       }
     }
   }
 }
 
 template <class Element>
-bool match(const WeightView& w, int64_t groups, int64_t block, const Element* packed, int64_t offset,
-           int64_t samples) {
-  const int64_t taps = w.size[2] * w.size[3] * w.size[4], channels = w.size[1];
-  const PackedOrder order(w.size[0], channels, groups, taps, block);
+bool match(const WeightView& w, const PackedOrder& order, const Element* packed, int64_t offset, int64_t samples) {
   const auto* data = reinterpret_cast<const Element*>(w.data);
-  const int64_t total = w.size[0] * taps * channels;
+  const int64_t taps = order.taps, channels = order.channels, total = w.size[0] * taps * channels;
   for (int64_t i = 0; i < samples; i++) {
     // One sample in each of `samples` equal strata, at a place inside it that moves with `offset`.
     const int64_t begin = total * i / samples, end = total * (i + 1) / samples;
@@ -169,26 +176,24 @@ SF_EXPORT int sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, 
   return kernels->linear[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
 }
 
-// Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][taps][C/groups][block].
+// Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][KW, KD, KH][C/groups][block].
 SF_EXPORT void sf_pack(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
-                       int64_t element_bytes, void* packed, int threads) {
-  WeightView w{static_cast<const char*>(weight), {}, {}};
-  memcpy(w.size, size, sizeof w.size);
-  memcpy(w.stride, stride, sizeof w.stride);
-  if (element_bytes == 2) pack(w, groups, block, static_cast<uint16_t*>(packed), threads);
-  if (element_bytes == 4) pack(w, groups, block, static_cast<uint32_t*>(packed), threads);
-  if (element_bytes == 8) pack(w, groups, block, static_cast<uint64_t*>(packed), threads);
+                       int type, void* packed, int threads) {
+  const WeightView w(weight, size, stride);
+  const PackedOrder order(w, groups, block, type);
+  if (element_bytes(type) == 2) return pack(w, order, static_cast<uint16_t*>(packed), threads);
+  if (element_bytes(type) == 4) return pack(w, order, static_cast<uint32_t*>(packed), threads);
+  pack(w, order, static_cast<uint64_t*>(packed), threads);
 }
 
 // 1 if `samples` stratified elements of the weight equal their packed copies.
 SF_EXPORT int sf_match(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
-                       int64_t element_bytes, const void* packed, int64_t offset, int64_t samples) {
-  WeightView w{static_cast<const char*>(weight), {}, {}};
-  memcpy(w.size, size, sizeof w.size);
-  memcpy(w.stride, stride, sizeof w.stride);
-  if (element_bytes == 2) return match(w, groups, block, static_cast<const uint16_t*>(packed), offset, samples);
-  if (element_bytes == 4) return match(w, groups, block, static_cast<const uint32_t*>(packed), offset, samples);
-  return match(w, groups, block, static_cast<const uint64_t*>(packed), offset, samples);
+                       int type, const void* packed, int64_t offset, int64_t samples) {
+  const WeightView w(weight, size, stride);
+  const PackedOrder order(w, groups, block, type);
+  if (element_bytes(type) == 2) return match(w, order, static_cast<const uint16_t*>(packed), offset, samples);
+  if (element_bytes(type) == 4) return match(w, order, static_cast<const uint32_t*>(packed), offset, samples);
+  return match(w, order, static_cast<const uint64_t*>(packed), offset, samples);
 }
 
 // Tests only: overwrites this thread's scratch memory, so that a kernel that reads what it did not write is found out.

@@ -17,6 +17,8 @@ class Linear {
   using Vec = typename T::Vec;
   static constexpr int L = kLanes<T>;
   static constexpr int kTogether = 8;  // weight rows added per pass over the sums
+  static constexpr int64_t kStep = kInterleaved<T> ? 2 * kInterleave : L;  // channels at a time
+  static constexpr int kVectors = kStep / L;
 
  public:
   Linear(const SfLinear& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
@@ -106,25 +108,40 @@ class Linear {
         rows[k] = reinterpret_cast<const Element*>(weights + entries_[i + k]);
         next[k] = reinterpret_cast<const Element*>(weights + entries_[min(i + kTogether + k, last - 1)]);
       }
-      for (int64_t c = 0; c < p_.block; c += L) {
-        Vec terms[kTogether];
-#pragma GCC unroll 8
-        for (int k = 0; k < kTogether; k++) {
-          const Vec w = T::widen(rows[k] + c);
-          terms[k] = kGraded ? w * splat<T>(values_[i + k]) : w;
-          __builtin_prefetch(next[k] + c);
-        }
-        const Vec low = (terms[0] + terms[1]) + (terms[2] + terms[3]);
-        const Vec high = (terms[4] + terms[5]) + (terms[6] + terms[7]);
-        store(sums + c, load<Vec>(sums + c) + (low + high));
-      }
+      for (int64_t c = 0; c < p_.block; c += kStep) add_together<kGraded>(rows, next, c, values_ + i, sums + c);
     }
     for (; i < last; i++) {
       const auto* row = reinterpret_cast<const Element*>(weights + entries_[i]);
-      for (int64_t c = 0; c < p_.block; c += L) {
-        const Vec w = T::widen(row + c);
-        store(sums + c, load<Vec>(sums + c) + (kGraded ? w * splat<T>(values_[i]) : w));
+      for (int64_t c = 0; c < p_.block; c += kStep) {
+        Vec w[kVectors];
+        load_weights<T, kVectors>(row + c, w);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; v++) {
+          const Vec sum = load<Vec>(sums + c + v * L);
+          store(sums + c + v * L, kGraded ? multiply_add(w[v], splat<T>(values_[i]), sum) : sum + w[v]);
+        }
       }
+    }
+  }
+
+  template <bool kGraded>
+  SF_INLINE_MEMBER void add_together(const Element* const (&rows)[kTogether], const Element* const (&next)[kTogether],
+                                     int64_t c, const Acc* values, Acc* sums) const {
+    Vec terms[kTogether][kVectors];
+#pragma GCC unroll 8
+    for (int k = 0; k < kTogether; k++) {
+      load_weights<T, kVectors>(rows[k] + c, terms[k]);
+      __builtin_prefetch(next[k] + c);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) {
+      if constexpr (kGraded) {
+#pragma GCC unroll 8
+        for (int k = 0; k < kTogether; k++) terms[k][v] *= splat<T>(values[k]);
+      }
+      const Vec low = (terms[0][v] + terms[1][v]) + (terms[2][v] + terms[3][v]);
+      const Vec high = (terms[4][v] + terms[5][v]) + (terms[6][v] + terms[7][v]);
+      store(sums + v * L, load<Vec>(sums + v * L) + (low + high));
     }
   }
 

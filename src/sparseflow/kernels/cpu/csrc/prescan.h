@@ -20,7 +20,7 @@ class NonzeroScanner {
     if (n == 64) return scan64(p);
 #if defined(SF_AVX512)
     uint64_t mask = 0;
-    for (int64_t i = 0; i < n; i += kWidth) mask |= test(load_first(p + i, n - i)) << i;
+    for (int64_t i = 0; i < n; i += kWidth) mask |= test(load_first(p + i, n - i), other_) << i;
     return mask;
 #else
     Bits padded[64] = {};
@@ -42,9 +42,12 @@ class NonzeroScanner {
   static constexpr Bits kMagnitude = Bits(~Bits{0}) >> 1;
 
   SF_INLINE_MEMBER uint64_t scan64(const Bits* p) {
+    // A local: as a member it would be stored and reloaded around every write to the output.
+    Vector other = other_;
     uint64_t mask = 0;
 #pragma GCC unroll 16
-    for (int i = 0; i < 64; i += kWidth) mask |= test(load<Vector>(p + i)) << i;
+    for (int i = 0; i < 64; i += kWidth) mask |= test(load<Vector>(p + i), other) << i;
+    other_ = other;
     return mask;
   }
 
@@ -59,18 +62,18 @@ class NonzeroScanner {
   }
 
   // min(|x|, x ^ one) is zero exactly when x is 0, -0 or 1.
-  SF_INLINE_MEMBER uint64_t test(Vector x) {
+  SF_INLINE uint64_t test(Vector x, Vector& other) {
     if constexpr (sizeof(Bits) == 2) {
       const Vector a = _mm512_and_si512(x, _mm512_set1_epi16((short)kMagnitude));
-      other_ |= _mm512_min_epu16(a, _mm512_xor_si512(x, _mm512_set1_epi16((short)T::kOne)));
+      other |= _mm512_min_epu16(a, _mm512_xor_si512(x, _mm512_set1_epi16((short)T::kOne)));
       return _mm512_test_epi16_mask(a, a);
     } else if constexpr (sizeof(Bits) == 4) {
       const Vector a = _mm512_and_si512(x, _mm512_set1_epi32((int)kMagnitude));
-      other_ |= _mm512_min_epu32(a, _mm512_xor_si512(x, _mm512_set1_epi32((int)T::kOne)));
+      other |= _mm512_min_epu32(a, _mm512_xor_si512(x, _mm512_set1_epi32((int)T::kOne)));
       return _mm512_test_epi32_mask(a, a);
     } else {
       const Vector a = _mm512_and_si512(x, _mm512_set1_epi64((long long)kMagnitude));
-      other_ |= _mm512_min_epu64(a, _mm512_xor_si512(x, _mm512_set1_epi64((long long)T::kOne)));
+      other |= _mm512_min_epu64(a, _mm512_xor_si512(x, _mm512_set1_epi64((long long)T::kOne)));
       return _mm512_test_epi64_mask(a, a);
     }
   }
@@ -79,9 +82,9 @@ class NonzeroScanner {
 #else
   typedef Bits Vector __attribute__((vector_size(SF_VECTOR_BYTES)));
 
-  SF_INLINE_MEMBER uint64_t test(Vector x) {
+  SF_INLINE uint64_t test(Vector x, Vector& other) {
     const Vector zero = (Vector)((x & kMagnitude) == 0);
-    other_ |= ~(zero | (Vector)(x == T::kOne));
+    other |= ~(zero | (Vector)(x == T::kOne));
     return lane_mask(~zero);
   }
 
@@ -174,19 +177,27 @@ void pack_channels_last(NonzeroScanner<T>& scanner, const SfScan& s, const typen
   }
 }
 
+// Reads runs of each plane, long enough for the hardware to follow the 64 streams, then turns them into words.
 template <class T>
 void pack_planar(NonzeroScanner<T>& scanner, const SfScan& s, const typename T::Bits* x, uint64_t* bits) {
-  const int64_t words = ceil_div(s.channels, 64), chunks = ceil_div(s.pixels, 64);
+  constexpr int64_t kRun = 8 * 64;
+  const int64_t words = ceil_div(s.channels, 64), runs = ceil_div(s.pixels, kRun);
 #pragma omp for schedule(static) nowait
-  for (int64_t unit = 0; unit < s.batch * words * chunks; unit++) {
-    const int64_t p0 = unit % chunks * 64, w = unit / chunks % words, n = unit / chunks / words;
-    const int64_t pixels = min(64, s.pixels - p0), channels = min(64, s.channels - 64 * w);
+  for (int64_t unit = 0; unit < s.batch * words * runs; unit++) {
+    const int64_t p0 = unit % runs * kRun, w = unit / runs % words, n = unit / runs / words;
+    const int64_t pixels = min(kRun, s.pixels - p0), channels = min(64, s.channels - 64 * w);
     const typename T::Bits* plane = x + (n * s.channels + 64 * w) * s.pixels + p0;
-    uint64_t m[64] = {};
-    for (int64_t c = 0; c < channels; c++) m[c] = scanner.scan(plane + c * s.pixels, pixels);
-    transpose_bits(m);
+    uint64_t masks[kRun / 64][64];
+    for (int64_t c = 0; c < channels; c++, plane += s.pixels) {
+      for (int64_t p = 0; p < pixels; p += 64) masks[p / 64][c] = scanner.scan(plane + p, min(64, pixels - p));
+    }
     uint64_t* out = bits + (n * s.pixels + p0) * words + w;
-    for (int64_t p = 0; p < pixels; p++) out[p * words] = m[p];
+    for (int64_t p = 0; p < pixels; p += 64) {
+      uint64_t(&m)[64] = masks[p / 64];
+      for (int64_t c = channels; c < 64; c++) m[c] = 0;
+      transpose_bits(m);
+      for (int64_t i = 0; i < min(64, pixels - p); i++, out += words) *out = m[i];
+    }
   }
 }
 

@@ -201,6 +201,42 @@ SF_INLINE typename T::Acc to_acc(typename T::Element value) {
   }
 }
 
+// bfloat16 weight rows are packed with channels i and 16 + i of every 32 next to each other: a register of them splits
+// into two registers of floats with a shift and a mask, half the work of widening neighbours.
+constexpr int kInterleave = 16;
+
+template <class T>
+constexpr bool kInterleaved = false;
+template <>
+inline constexpr bool kInterleaved<BFloat16> = true;
+
+// Place of a channel within a packed weight row.
+template <class T>
+SF_INLINE int64_t packed_place(int64_t channel) {
+  if (!kInterleaved<T>) return channel;
+  return channel / (2 * kInterleave) * (2 * kInterleave) + channel % kInterleave * 2 + channel / kInterleave % 2;
+}
+
+// N vectors of a packed weight row; N * kLanes is a multiple of 32 for an interleaved type.
+template <class T, int N>
+SF_INLINE void load_weights(const typename T::Element* row, typename T::Vec (&weights)[N]) {
+  constexpr int L = kLanes<T>;
+  if constexpr (kInterleaved<T>) {
+    constexpr int kHalf = kInterleave / L;
+    static_assert(N % (2 * kHalf) == 0, "interleaved rows come in groups of 32 channels");
+#pragma GCC unroll 16
+    for (int v = 0; v < N / 2; v++) {
+      const VecU32 pair = load<VecU32>(row + v * 2 * L);
+      const int even = v / kHalf * 2 * kHalf + v % kHalf;
+      weights[even] = bit_cast<VecF32>(pair << 16);
+      weights[even + kHalf] = bit_cast<VecF32>(pair & 0xffff0000u);
+    }
+  } else {
+#pragma GCC unroll 32
+    for (int v = 0; v < N; v++) weights[v] = T::widen(row + v * L);
+  }
+}
+
 template <class T>
 SF_INLINE void narrow_partial(typename T::Element* p, typename T::Vec v, int64_t n) {
   typename T::Element lanes[kLanes<T>];
