@@ -43,6 +43,7 @@ _OPAQUE_BINARY = frozenset(
         "SimpleIFNode",
         "SimpleLIFNode",
         "SlidingPSN",
+        "save_v_LIFNode",
     }
 )
 _OPAQUE_GRADED = frozenset(
@@ -57,6 +58,7 @@ _OPAQUE_GRADED = frozenset(
         "TernaryLIFNode",
     }
 )
+_PACKAGES = {"save_v_LIFNode": "model.spike_dhs"}
 _ENCODERS = ("PoissonEncoder", "LatencyEncoder", "PeriodicEncoder", "WeightedPhaseEncoder")
 _CONTAINERS = (
     "MultiStepContainer",
@@ -75,7 +77,7 @@ def imported() -> bool:
 def neuron_spec(module: nn.Module) -> NeuronSpec | None:
     """The record of a SpikingJelly neuron, or ``None`` for any other module."""
     name = type(module).__name__
-    if not _is(module, "neuron", name) or not _emits_spikes(module):
+    if not _is(module, _PACKAGES.get(name, "neuron"), name) or not _emits_spikes(module):
         return None
     if name in _DESCRIBED:
         return _DESCRIBED[name](module)

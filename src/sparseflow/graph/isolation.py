@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -35,10 +36,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             module.__dict__.update({name: OrderedDict() for name in _HOOKS})
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _eagerly():
             yield
     finally:
         restore_state(model, snapshot)
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Importing the compiler takes seconds, and without it there is nothing compiled to hold back."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def copied(example: Any) -> Any:
