@@ -47,10 +47,11 @@ def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, 
 
 def linear_variants(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
     """Variants worth measuring for ``[rows, in_features] x [out_features, in_features]``, best guess first."""
-    del in_features, dtype
-    wide = min(512, -(-out_features // 64) * 64)
-    stream, tiled = Variant(Structure.ROWS, wide, wide, 4, 1), Variant(Structure.OUTPUTS, 64)
-    return (stream, tiled) if rows <= 4 else (tiled, stream)
+    longest = min(_MAX_OFFSET // (in_features * dtype.itemsize) // 2, -(-out_features // 64) * 64)
+    stream = Variant(Structure.ROWS, max(64, longest // 64 * 64), 1)
+    shared = Variant(Structure.ROWS, min(512, stream.block), 1, 4)
+    tiled = Variant(Structure.OUTPUTS, 64)
+    return (stream, shared, tiled) if rows <= 8 else (shared, stream, tiled)
 
 
 def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, density: float) -> Variant:

@@ -42,7 +42,7 @@ class DepthwiseConv {
   static constexpr int L = kLanes<T>;
   static constexpr int64_t kWidth = 64;  // channels at a time: one word
   static constexpr int kVectors = kWidth / L;
-  static constexpr double kScatterDensity = 0.08;
+  static constexpr double kScatterDensity = 0.02;
 
  public:
   DepthwiseConv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,

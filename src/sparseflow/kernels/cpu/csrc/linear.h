@@ -16,7 +16,7 @@ class Linear {
   using Acc = typename T::Acc;
   using Vec = typename T::Vec;
   static constexpr int L = kLanes<T>;
-  static constexpr int kTogether = 8;  // weight rows added per pass over the sums
+  static constexpr int64_t kMaxColumns = 2048;  // sums of one row that stay in L1
   static constexpr int64_t kStep = kInterleaved<T> ? 2 * kInterleave : L;  // channels at a time
   static constexpr int kVectors = kStep / L;
 
@@ -36,6 +36,10 @@ class Linear {
         slabs_(ceil_div(words_, p.slab)),
         blocks_(ceil_div(p.out_features, p.block)),
         row_bytes_(p.block * int64_t(sizeof(Element))) {
+    // As long as the threads allow: memory likes long rows.
+    const int64_t share = ceil_div(blocks_ * p.block, threads);
+    item_columns_ = min(min(p.block, kMaxColumns), ceil_div(share, 64) * 64);
+    block_items_ = ceil_div(p.block, item_columns_);
     events_ = 0;
     for (int64_t r = 0; r < p_.rows; r++) events_ += row_counts_[r];
   }
@@ -51,7 +55,9 @@ class Linear {
     int64_t at = 0;
     for (int64_t r = 0; r < p_.rows; r++) at = append_row(r, at);
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
-    for (int64_t b = 0; b < blocks_; b++) add_block(b, sums_ + thread_index() * p_.rows * p_.block);
+    for (int64_t i = 0; i < blocks_ * block_items_; i++) {
+      add_item(item(i), sums_ + thread_index() * p_.rows * item_columns_);
+    }
     return 0;
   }
 
@@ -61,7 +67,7 @@ class Linear {
     entries_ = arena.take<uint32_t>(events_ + kListSlack);
     values_ = graded_ ? arena.take<Acc>(events_ + kListSlack) : nullptr;
     starts_ = arena.take<uint32_t>(p_.rows * (slabs_ + 1));
-    sums_ = arena.take<Acc>(threads_ * p_.rows * p_.block);
+    sums_ = arena.take<Acc>(threads_ * p_.rows * item_columns_);
   }
 
   int64_t append_row(int64_t r, int64_t at) const {
@@ -78,70 +84,77 @@ class Linear {
     return entry - entries_;
   }
 
-  void add_block(int64_t b, Acc* sums) const {
-    const char* weights = packed_ + b * p_.in_features * row_bytes_;
+  // Some columns of one packed block.
+  struct Item {
+    const char* weights;
+    int64_t channel;  // first output channel
+    int64_t columns;
+  };
+
+  Item item(int64_t index) const {
+    const int64_t block = index / block_items_, column = index % block_items_ * item_columns_;
+    const char* weights = packed_ + block * p_.in_features * row_bytes_ + column * int64_t(sizeof(Element));
+    return {weights, block * p_.block + column, min(item_columns_, p_.block - column)};
+  }
+
+  void add_item(const Item& item, Acc* sums) const {
     for (int64_t r = 0; r < p_.rows; r++) {
-      __builtin_memcpy(sums + r * p_.block, bias_ + b * p_.block, p_.block * sizeof(Acc));
+      __builtin_memcpy(sums + r * item.columns, bias_ + item.channel, item.columns * sizeof(Acc));
     }
     for (int64_t slab = 0; slab < slabs_; slab++) {
       for (int64_t r = 0; r < p_.rows; r++) {
         const uint32_t* starts = starts_ + r * (slabs_ + 1) + slab;
         if (graded_) {
-          add_rows<true>(weights, starts[0], starts[1], sums + r * p_.block);
+          add_rows<true>(item, starts[0], starts[1], sums + r * item.columns);
         } else {
-          add_rows<false>(weights, starts[0], starts[1], sums + r * p_.block);
+          add_rows<false>(item, starts[0], starts[1], sums + r * item.columns);
         }
       }
     }
-    const int64_t channel = b * p_.block, valid = min(p_.block, p_.out_features - channel);
-    store_channels_last<T>(sums, p_.block, p_.rows, valid, out_ + channel, p_.out_features);
+    const int64_t valid = min(item.columns, p_.out_features - item.channel);
+    if (valid <= 0) return;
+    store_channels_last<T>(sums, item.columns, p_.rows, valid, out_ + item.channel, p_.out_features);
   }
 
+  // Adds the weight rows of entries first .. last - 1, eight together, then what is left.
   template <bool kGraded>
-  void add_rows(const char* weights, uint32_t first, uint32_t last, Acc* sums) const {
+  void add_rows(const Item& item, uint32_t first, uint32_t last, Acc* sums) const {
     uint32_t i = first;
-    for (; i + kTogether <= last; i += kTogether) {
-      const Element* rows[kTogether];
-      const Element* next[kTogether];
-#pragma GCC unroll 8
-      for (int k = 0; k < kTogether; k++) {
-        rows[k] = reinterpret_cast<const Element*>(weights + entries_[i + k]);
-        next[k] = reinterpret_cast<const Element*>(weights + entries_[min(i + kTogether + k, last - 1)]);
-      }
-      for (int64_t c = 0; c < p_.block; c += kStep) add_together<kGraded>(rows, next, c, values_ + i, sums + c);
-    }
-    for (; i < last; i++) {
-      const auto* row = reinterpret_cast<const Element*>(weights + entries_[i]);
-      for (int64_t c = 0; c < p_.block; c += kStep) {
-        Vec w[kVectors];
-        load_weights<T, kVectors>(row + c, w);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; v++) {
-          const Vec sum = load<Vec>(sums + c + v * L);
-          store(sums + c + v * L, kGraded ? multiply_add(w[v], splat<T>(values_[i]), sum) : sum + w[v]);
-        }
-      }
-    }
+    for (; i + 8 <= last; i += 8) add_group<kGraded, 8>(item, i, last, sums);
+    if (i + 4 <= last) add_group<kGraded, 4>(item, i, last, sums), i += 4;
+    if (i + 2 <= last) add_group<kGraded, 2>(item, i, last, sums), i += 2;
+    if (i < last) add_group<kGraded, 1>(item, i, last, sums);
   }
 
-  template <bool kGraded>
-  SF_INLINE_MEMBER void add_together(const Element* const (&rows)[kTogether], const Element* const (&next)[kTogether],
-                                     int64_t c, const Acc* values, Acc* sums) const {
-    Vec terms[kTogether][kVectors];
+  template <bool kGraded, int N>
+  void add_group(const Item& item, uint32_t i, uint32_t last, Acc* sums) const {
+    const Element* rows[N];
+    const Element* next[N];
 #pragma GCC unroll 8
-    for (int k = 0; k < kTogether; k++) {
-      load_weights<T, kVectors>(rows[k] + c, terms[k]);
-      __builtin_prefetch(next[k] + c);
+    for (int k = 0; k < N; k++) {
+      rows[k] = reinterpret_cast<const Element*>(item.weights + entries_[i + k]);
+      next[k] = reinterpret_cast<const Element*>(item.weights + entries_[min(i + N + k, last - 1)]);
     }
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++) {
-      if constexpr (kGraded) {
+    for (int64_t c = 0; c < item.columns; c += kStep) {
+      Vec terms[N][kVectors];
 #pragma GCC unroll 8
-        for (int k = 0; k < kTogether; k++) terms[k][v] *= splat<T>(values[k]);
+      for (int k = 0; k < N; k++) {
+        load_weights<T, kVectors>(rows[k] + c, terms[k]);
+        __builtin_prefetch(next[k] + c);
       }
-      const Vec low = (terms[0][v] + terms[1][v]) + (terms[2][v] + terms[3][v]);
-      const Vec high = (terms[4][v] + terms[5][v]) + (terms[6][v] + terms[7][v]);
-      store(sums + v * L, load<Vec>(sums + v * L) + (low + high));
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) {
+        if constexpr (kGraded) {
+#pragma GCC unroll 8
+          for (int k = 0; k < N; k++) terms[k][v] *= splat<T>(values_[i + k]);
+        }
+#pragma GCC unroll 4
+        for (int half = N / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+          for (int k = 0; k < half; k++) terms[k][v] += terms[k + half][v];
+        }
+        store(sums + c + v * L, load<Vec>(sums + c + v * L) + terms[0][v]);
+      }
     }
   }
 
@@ -155,7 +168,7 @@ class Linear {
   const bool graded_;
   const int threads_;
   const int64_t words_, slabs_, blocks_, row_bytes_;
-  int64_t events_;
+  int64_t events_, item_columns_, block_items_;
   Acc* bias_;
   uint32_t* entries_;
   Acc* values_;

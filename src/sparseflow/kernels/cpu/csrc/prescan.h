@@ -177,10 +177,11 @@ void pack_channels_last(NonzeroScanner<T>& scanner, const SfScan& s, const typen
   }
 }
 
-// Reads runs of each plane, long enough for the hardware to follow the 64 streams, then turns them into words.
+// Reads a run of each plane, then turns them into words. The hardware does not follow a jump from plane to plane.
 template <class T>
 void pack_planar(NonzeroScanner<T>& scanner, const SfScan& s, const typename T::Bits* x, uint64_t* bits) {
-  constexpr int64_t kRun = 8 * 64;
+  constexpr int64_t kRun = 8 * 64, kLine = 64 / sizeof(typename T::Bits);
+  constexpr int64_t kAhead = 2;  // planes
   const int64_t words = ceil_div(s.channels, 64), runs = ceil_div(s.pixels, kRun);
 #pragma omp for schedule(static) nowait
   for (int64_t unit = 0; unit < s.batch * words * runs; unit++) {
@@ -189,7 +190,10 @@ void pack_planar(NonzeroScanner<T>& scanner, const SfScan& s, const typename T::
     const typename T::Bits* plane = x + (n * s.channels + 64 * w) * s.pixels + p0;
     uint64_t masks[kRun / 64][64];
     for (int64_t c = 0; c < channels; c++, plane += s.pixels) {
-      for (int64_t p = 0; p < pixels; p += 64) masks[p / 64][c] = scanner.scan(plane + p, min(64, pixels - p));
+      for (int64_t p = 0; p < pixels; p += 64) {
+        for (int64_t i = 0; i < 64; i += kLine) __builtin_prefetch(plane + kAhead * s.pixels + p + i);
+        masks[p / 64][c] = scanner.scan(plane + p, min(64, pixels - p));
+      }
     }
     uint64_t* out = bits + (n * s.pixels + p0) * words + w;
     for (int64_t p = 0; p < pixels; p += 64) {
