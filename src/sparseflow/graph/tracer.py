@@ -51,7 +51,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
 
     Ranks, data types and every size that Python needs as a number (loop bounds over T) are those of the example;
     other sizes stay symbolic. Convolutions, linear layers, normalisations, neurons and other stateful modules are
-    ``call_module`` nodes. The graph computes the forward only: surrogate gradients written inside a forward are lost.
+    ``call_module`` nodes. The graph computes the forward only: surrogate gradients written inside a forward are
+    lost. While tracing, ``isinstance(x, torch.Tensor)`` is false for traced tensors.
 
     Args:
         model: any module; nothing in it is changed.
@@ -99,8 +100,8 @@ class ExampleProxy(fx.Proxy):
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Forwards ask ``isinstance(x, torch.Tensor)`` and ``isinstance(state, tuple)``."""
-        return type(self.value)
+        """Forwards ask ``isinstance(state, tuple)``. A tensor cannot be posed as: C code would believe it and crash."""
+        return ExampleProxy if isinstance(self.value, torch.Tensor) else type(self.value)
 
     def __getattr__(self, name: str) -> Any:
         if callable(getattr(type(self.value), name, None)):
