@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard src/sparseflow/kernels/cpu/csrc/* src/sparseflow/kernels/cpu/build.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check train bench clean
@@ -19,12 +18,15 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements-dev.txt pyproject.toml $(wildcard setup.py) $(NATIVE)
+# An editable install carries no native engine: it is compiled at first use (here, by `env`) and again after every change
+# of its sources, which a library inside src/ would hide.
+$(INSTALLED): requirements-dev.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; name one with PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	SPARSEFLOW_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m sparseflow env
 	touch $@
 
 demo: $(INSTALLED)
@@ -44,4 +46,3 @@ bench: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build out src/*.egg-info
-	find src -name '*.so' -delete
