@@ -218,6 +218,13 @@ def test_what_a_graph_cannot_hold_is_refused_with_the_reason(name):
     assert reason.split(";")[0] in found.fallback_detail
 
 
+def test_a_graph_that_took_another_branch_is_not_handed_out():
+    """A traced tensor is no ``torch.Tensor``, and a forward may ask."""
+    net = Function(lambda _net, x: x * 2 if isinstance(x, torch.Tensor) else x * 3)
+    with pytest.raises(TraceError, match="differs from the model"):
+        trace(net, (torch.rand(3),))
+
+
 def test_reading_a_membrane_is_refused():
     net = Function(lambda n, x: n.sn(x) + n.sn.mem, sn=Buffered())
     register_neuron(Buffered, NeuronSpec(states=("mem",)))

@@ -25,6 +25,13 @@ def spikes(shape, density, seed=0, values=None, dtype=torch.float32):
     return mask
 
 
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
 @st.composite
 def conv_cases(draw):
     rank = draw(st.sampled_from([1, 2, 2, 2, 3]))
@@ -50,14 +57,14 @@ def conv_cases(draw):
     st.sampled_from([None, "integer", "graded"]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.booleans(),
-    st.integers(0, 2**31 - 1),
+    SEEDS,
 )
 def test_conv_stays_inside_the_error_budget(case, density, values, dtype, channels_last, seed):
     x_shape, w_shape, arguments = case
     x = spikes(x_shape, density, seed, values, dtype)
     if channels_last and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
-    weight, bias = torch.randn(w_shape, dtype=dtype), torch.randn(w_shape[0], dtype=dtype)
+    weight, bias = randn(*w_shape, seed=seed, dtype=dtype), randn(w_shape[0], seed=seed + 1, dtype=dtype)
     y = functional.conv(x, weight, bias, **arguments)
     dense = _CONV[x.dim() - 2](x, weight, bias, **arguments)
     assert y.dtype == dense.dtype
@@ -76,11 +83,12 @@ def test_conv_stays_inside_the_error_budget(case, density, values, dtype, channe
     st.sampled_from([None, "graded"]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     st.booleans(),
+    SEEDS,
 )
-def test_linear_stays_inside_the_error_budget(lead, k, m, density, values, dtype, biased):
-    x = spikes((*lead, k), density, 3, values, dtype)
-    weight = torch.randn(m, k, dtype=dtype)
-    bias = torch.randn(m, dtype=dtype) if biased else None
+def test_linear_stays_inside_the_error_budget(lead, k, m, density, values, dtype, biased, seed):
+    x = spikes((*lead, k), density, seed, values, dtype)
+    weight = randn(m, k, seed=seed, dtype=dtype)
+    bias = randn(m, seed=seed + 1, dtype=dtype) if biased else None
     y = functional.linear(x, weight, bias)
     assert y.shape == (*lead, m)
     assert excess(y, x, weight, bias, LinearCall()) <= 1.0

@@ -18,7 +18,7 @@ from sparseflow.kernels.reference import excess
 from sparseflow.kernels.select import Refusal, select
 from sparseflow.plan import Path, Reason
 
-from .test_functional import spikes
+from .test_functional import SEEDS, randn, spikes
 
 
 def run(kernel, x, weight, bias):
@@ -33,10 +33,11 @@ def run(kernel, x, weight, bias):
     st.sampled_from([0.0, 0.1, 1.0]),
     st.sampled_from([None, "graded"]),
     st.booleans(),
+    SEEDS,
 )
-def test_linear_is_inside_the_budget(lead, k, density, values, biased):
-    x, weight = spikes((*lead, k), density, 1, values), torch.randn(7, k)
-    bias = torch.randn(7) if biased else None
+def test_linear_is_inside_the_budget(lead, k, density, values, biased, seed):
+    x, weight = spikes((*lead, k), density, seed, values), randn(7, k, seed=seed)
+    bias = randn(7, seed=seed + 1) if biased else None
     kernel = select(x, weight, LinearCall(), "torch")
     assert kernel.path is Path.GATHER
     y = run(kernel, x, weight, bias)

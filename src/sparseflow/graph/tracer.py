@@ -52,7 +52,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     Ranks, data types and every size that Python needs as a number (loop bounds over T) are those of the example;
     other sizes stay symbolic. Convolutions, linear layers, normalisations, neurons and other stateful modules are
     ``call_module`` nodes. The graph computes the forward only: surrogate gradients written inside a forward are
-    lost. While tracing, ``isinstance(x, torch.Tensor)`` is false for traced tensors.
+    lost. Model and graph are called twice on the example and compared.
 
     Args:
         model: any module; nothing in it is changed.
@@ -62,16 +62,20 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
         A module that is called like ``model``, with equal results and equal effects on the neurons' state.
 
     Raises:
-        TraceError: control flow depends on tensor values, state is kept outside known neurons, or an operation
-            cannot be part of a graph.
+        TraceError: control flow depends on tensor values, state is kept outside known neurons, an operation cannot
+            be part of a graph, or the graph computes something else than the model.
 
     Example:
         >>> graph = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.zeros(1, 2),))
         >>> [node.op for node in graph.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
+    kwargs = kwargs or {}
     with isolated(model):
-        return run_traced(model, Recorder(model), args, kwargs or {})
+        graph = run_traced(model, Recorder(model), args, kwargs)
+    if not _equal(_two_calls(model, model, args, kwargs), _two_calls(model, graph, args, kwargs)):
+        raise TraceError("the graph differs from the model: the forward asks what tracing answers otherwise")
+    return graph
 
 
 def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -89,6 +93,24 @@ def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwar
         raise
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {error}") from error
+
+
+def _two_calls(
+    model: nn.Module, callee: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Tensors that ``callee``, a graph of ``model`` or itself, returns from two calls on the example."""
+    outputs = []
+    with isolated(model):
+        for _ in range(2):
+            call_args, call_kwargs = copied((args, kwargs))
+            outputs += copied(tree_leaves(callee(*call_args, **call_kwargs)))
+    return [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
+
+
+def _equal(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> bool:
+    return len(expected) == len(actual) and all(
+        a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, actual, strict=True)
+    )
 
 
 class ExampleProxy(fx.Proxy):

@@ -30,18 +30,20 @@ def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor
 def error_budget(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Largest admissible ``|sparse - oracle|``, element by element, in float64.
 
-    Twice the worst error of the dense path in the same dtype, plus one rounding band: the machine epsilon of the
-    dtype times the sum of the magnitudes that were added up (Higham, *Accuracy and Stability of Numerical
-    Algorithms*, section 4.2, with one rounding a result instead of one a term). Float64 results have no better oracle
-    than another order of summation, so there every term may round.
+    Twice the worst error of the dense path in the same dtype, plus the rounding band of a sum of ``n`` nonzero terms:
+    ``(sqrt(n) + 1) u`` times the sum of their magnitudes, ``u`` being half the machine epsilon of the dtype. That is
+    the growth of rounding errors that are as often up as down (Higham and Mary, *A New Approach to Probabilistic
+    Rounding Error Analysis*, 2019); a kernel is free to add in any order. Float64 results have no better oracle than
+    another sum of the same kind, so there the band counts twice.
     """
     exact = oracle(x, weight, bias, call)
     with torch.no_grad():
         dense = call.dense(x.detach(), weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype))
-    magnitude = oracle(x.abs(), weight.abs(), None if bias is None else bias.abs(), call)
     worst = (dense.double() - exact).abs().max() if exact.numel() else exact.new_zeros(())
-    roundings = weight[0].numel() + 1 if x.dtype == torch.float64 else 1
-    return 2 * worst + roundings * torch.finfo(x.dtype).eps * magnitude
+    magnitude = oracle(x.abs(), weight.abs(), None if bias is None else bias.abs(), call)
+    terms = oracle(x != 0, torch.ones_like(weight), None if bias is None else torch.ones_like(bias), call)
+    unit = torch.finfo(x.dtype).eps / 2 * (2 if x.dtype == torch.float64 else 1)
+    return 2 * worst + (terms.sqrt() + 1) * unit * magnitude
 
 
 def excess(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> float:
