@@ -108,9 +108,11 @@ def _two_calls(
 
 
 def _equal(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> bool:
-    return len(expected) == len(actual) and all(
-        a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, actual, strict=True)
-    )
+    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+        alike = a.shape == b.shape and a.dtype is b.dtype
+        return alike and (torch.allclose(a, b, equal_nan=True) if a.is_floating_point() else torch.equal(a, b))
+
+    return len(expected) == len(actual) and all(map(same, expected, actual))
 
 
 class ExampleProxy(fx.Proxy):
