@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from .dispatch.cache import Calibration
 from .dispatch.fingerprint import fingerprint
 from .dispatch.observe import CalibrationObserver
-from .lowering import RECORD, Options, Patterns, as_arguments, current_plan, lower, raise_layers, unobserved
+from .graph.isolation import copied, isolated
+from .lowering import RECORD, Options, Patterns, as_arguments, current_plan, lower, raise_layers
 from .modules.swap import runtimes
 from .plan import Plan
 from .report import LayerReport, Report
@@ -163,8 +163,8 @@ def _watch(model: nn.Module, batches: Iterable[Any]) -> Calibration:
     try:
         for batch in batches:
             args, kwargs = as_arguments(batch)
-            with torch.no_grad(), unobserved(model):
-                model(*args, **kwargs)
+            with isolated(model):
+                model(*copied(args), **copied(kwargs))
     finally:
         for name, runtime in found.items():
             runtime.observers.remove(observers[name])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from .dispatch.cache import Calibration
 from .dispatch.progress import measuring
 from .dispatch.runtime import LayerRuntime, RuntimeConfig
 from .errors import BackendUnavailableError, NothingAcceleratedWarning, UnsupportedModelError
-from .frameworks import restore_state, snapshot_state
 from .graph import LayerSite, SpikeMap, candidates, refuse, spike_map
+from .graph.isolation import copied, isolated
 from .kernels.cpu import engine
 from .kernels.select import BACKENDS
 from .modules.swap import runtimes, swap, unswap
@@ -104,28 +103,11 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
 
-@contextlib.contextmanager
-def unobserved(model: nn.Module) -> Iterator[None]:
-    """Run the model inside without a trace: neuron state, buffers and RNG are put back, no user hook fires."""
-    stored = [(m, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
-    snapshot = snapshot_state(model)
-    try:
-        for module, hooks, pre_hooks in stored:
-            module._forward_hooks, module._forward_pre_hooks = type(hooks)(), type(pre_hooks)()
-        yield
-    finally:
-        for module, hooks, pre_hooks in stored:
-            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
-        restore_state(model, snapshot)
-
-
 def lower(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> None:
     """Plan, swap and measure. Leaves the model as it was if anything fails."""
-    refusals = {name: refuse(module) for name, module in candidates(model).items()}  # some show only in hooks
     try:
-        with unobserved(model):
-            spikes = spike_map(model, args, kwargs)
-        drafts = _drafts(model, spikes, refusals, options)
+        spikes = spike_map(model, args, kwargs)
+        drafts = _drafts(model, spikes, options)
         _swap_all(model, drafts, options)
         model.__dict__[RECORD] = ModelRecord(
             drafts, spikes.layers, spikes.method, options.backend, spikes.fallback_detail
@@ -145,29 +127,23 @@ def raise_layers(model: nn.Module) -> None:
     model.__dict__.pop(RECORD, None)
 
 
-Refusals = dict[str, tuple[Reason, str] | None]
-
-
-def _drafts(model: nn.Module, spikes: SpikeMap, refusals: Refusals, options: Options) -> tuple[LayerPlan, ...]:
+def _drafts(model: nn.Module, spikes: SpikeMap, options: Options) -> tuple[LayerPlan, ...]:
     sites = {site.name: site for site in spikes.layers}
     modules = candidates(model)
     ordered = [name for name in sites if name in modules] + [name for name in modules if name not in sites]
-    return tuple(_draft(name, modules[name], sites.get(name), refusals[name], options) for name in ordered)
+    return tuple(_draft(name, modules[name], sites.get(name), options) for name in ordered)
 
 
-def _draft(
-    name: str, module: nn.Module, site: LayerSite | None, refusal: tuple[Reason, str] | None, options: Options
-) -> LayerPlan:
+def _draft(name: str, module: nn.Module, site: LayerSite | None, options: Options) -> LayerPlan:
     if site is None:
         kind = type(module).__name__.lower()
         return LayerPlan(name, kind, Path.DENSE, Reason.NEVER_RUN, Provenance.DENSE)
-    reason, detail = _decide(name, module, site, refusal, options)
+    reason, detail = _decide(name, module, site, options)
     return LayerPlan(name, site.kind, Path.DENSE, reason, site.provenance, detail)
 
 
-def _decide(
-    name: str, module: nn.Module, site: LayerSite, refusal: tuple[Reason, str] | None, options: Options
-) -> tuple[Reason, str]:
+def _decide(name: str, module: nn.Module, site: LayerSite, options: Options) -> tuple[Reason, str]:
+    refusal = refuse(module)
     if site.provenance is Provenance.DENSE:
         return Reason.NOT_SPIKE_FED, site.detail
     if refusal is not None:
@@ -193,8 +169,8 @@ def _swap_all(model: nn.Module, drafts: tuple[LayerPlan, ...], options: Options)
 
 def _warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run the example once: every layer binds its kernel and measures, the report has densities."""
-    with torch.no_grad(), unobserved(model), measuring(len(runtimes(model)), MeasureBudget()):
-        model(*args, **kwargs)
+    with isolated(model), measuring(len(runtimes(model)), MeasureBudget()):
+        model(*copied(args), **copied(kwargs))
 
 
 def current_plan(model: nn.Module) -> Plan:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparseflow.api import disabled
 from sparseflow.frameworks import restore_state, snapshot_state
-from sparseflow.lowering import as_arguments, unobserved
+from sparseflow.graph.isolation import isolated
+from sparseflow.lowering import as_arguments
 from sparseflow.observe import verify
 from sparseflow.report import BenchResult
 
@@ -68,7 +68,7 @@ def compare(model: nn.Module, example: Any, *, repeats: int = 20, tolerance: flo
         with disabled(model):
             return run()
 
-    with torch.no_grad(), unobserved(model):
+    with isolated(model):
         snapshot = snapshot_state(model)
 
         def rewind() -> None:

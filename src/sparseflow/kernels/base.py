@@ -82,6 +82,7 @@ class Kernel(Protocol):
     """A two-stage implementation bound to one call signature (shapes, strides, dtype)."""
 
     path: Path
+    dtype: torch.dtype
 
     def variants(self) -> tuple[str, ...]:
         """Names of the configurations worth measuring, best guess first."""

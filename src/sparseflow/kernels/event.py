@@ -109,7 +109,9 @@ class EventLinear:
 
 def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The bias as the engine reads it."""
-    return None if bias is None else bias.detach().to(dtype).contiguous()
+    if bias is None or (bias.dtype is dtype and bias.is_contiguous()):
+        return bias
+    return bias.detach().to(dtype).contiguous()
 
 
 _variant = functools.lru_cache(maxsize=256)(engine.Variant.from_name)

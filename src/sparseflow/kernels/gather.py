@@ -42,12 +42,12 @@ def bind(x: Tensor, weight: Tensor, call: Call) -> GatherLinear | GatherPointwis
     if x.dtype not in _DTYPES:
         return Refusal(Reason.DTYPE, f"{x.dtype}; the embedding_bag fallback takes float32 and float64")
     if isinstance(call, LinearCall):
-        return GatherLinear()
+        return GatherLinear(x.dtype)
     pointwise = all(k == 1 for k in weight.shape[2:]) and call.groups == 1 and not any(map(any, call.padding))
     if not pointwise:
         return Refusal(Reason.NO_ENGINE, "the embedding_bag fallback covers linear and 1x1 convolution only")
     layout = conv_layout(tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(), x.dtype, call)
-    return GatherPointwise(layout, call)
+    return GatherPointwise(x.dtype, layout, call)
 
 
 def _scan(rows: Tensor) -> GatherScan:
@@ -74,6 +74,9 @@ class GatherLinear:
 
     path = Path.GATHER
 
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
     def variants(self) -> tuple[str, ...]:
         return (_VARIANT,)
 
@@ -97,7 +100,8 @@ class GatherLinear:
 class GatherPointwise(GatherLinear):
     """A 1x1 convolution is a linear layer over its pixels."""
 
-    def __init__(self, layout: Layout, call: ConvCall):
+    def __init__(self, dtype: torch.dtype, layout: Layout, call: ConvCall):
+        super().__init__(dtype)
         self.layout, self.call = layout, call
 
     def prescan(self, x: Tensor) -> GatherScan:

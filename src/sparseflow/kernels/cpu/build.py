@@ -24,7 +24,7 @@ LIBRARY_NAME = "libsparseflow_cpu.so"
 # so that every instruction set rounds a binary input the same way.
 COMMON_FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fno-math-errno",
     "-ffp-contract=off",
     "-fno-exceptions",

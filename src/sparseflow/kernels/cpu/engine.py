@@ -258,6 +258,8 @@ def _compute(
     function: Any, struct: Any, scan: Prescan, packed: Tensor, bias: Tensor | None, out: Tensor, work: int
 ) -> None:
     bits = scan.bits.data_ptr()
+    if bias is not None:
+        bias = bias.detach().to(packed.dtype).contiguous()
     status = function(
         struct,
         scan.source.data_ptr(),
