@@ -81,7 +81,7 @@ class Conv {
   }
 
  private:
-  static constexpr int64_t kSharedListEntries = int64_t{1} << 23;
+  static constexpr int64_t kSharedListEntries = int64_t{1} << 20;
 
   struct Thread {
     TileLists<T> lists;

@@ -1,0 +1,211 @@
+// Runs the engine over odd shapes with buffers of exactly the right size, for the address and undefined-behaviour
+// sanitizers, and compares with a plain loop. Exits 0 if every result is right.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "abi.h"
+
+extern "C" {
+const char* sf_select(const char*);
+void sf_prescan(const SfScan*, const void*, uint64_t*, uint32_t*, int64_t*, int);
+int sf_conv(const SfConv*, const void*, const uint64_t*, const uint32_t*, const void*, const void*, void*, int, int);
+int sf_linear(const SfLinear*, const void*, const uint64_t*, const uint32_t*, const void*, const void*, void*, int, int);
+void sf_pack(const void*, const int64_t*, const int64_t*, int64_t, int64_t, int, void*, int);
+void sf_poison_workspace(int);
+}
+
+namespace {
+
+uint64_t state = 1;
+
+int64_t pick(int64_t low, int64_t high) {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return low + int64_t((state >> 33) % uint64_t(high - low + 1));
+}
+
+double real() { return double(pick(-1000, 1000)) / 500.0; }
+
+template <class... Choice>
+int64_t one_of(Choice... choices) {
+  const int64_t values[] = {int64_t(choices)...};
+  return values[pick(0, int64_t(sizeof...(choices)) - 1)];
+}
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Tensors of any of the four types, seen as doubles. Values are multiples of 1/500 rounded to the type.
+struct Buffer {
+  int type;
+  std::vector<unsigned char> bytes;
+
+  Buffer(int type, int64_t n) : type(type), bytes(size_t(n) * (type == SF_F64 ? 8 : type == SF_F32 ? 4 : 2), 0xFF) {}
+
+  void set(int64_t i, double value) {
+    const float narrow = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    if (type == SF_F64) std::memcpy(&bytes[size_t(i) * 8], &value, 8);
+    if (type == SF_F32) std::memcpy(&bytes[size_t(i) * 4], &narrow, 4);
+    if (type == SF_BF16) {
+      const uint16_t high = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+      std::memcpy(&bytes[size_t(i) * 2], &high, 2);
+    }
+    if (type == SF_F16) {
+      const _Float16 half = _Float16(value);
+      std::memcpy(&bytes[size_t(i) * 2], &half, 2);
+    }
+  }
+
+  double get(int64_t i) const {
+    double wide;
+    float single;
+    uint16_t half;
+    _Float16 half_float;
+    switch (type) {
+      case SF_F64: return std::memcpy(&wide, &bytes[size_t(i) * 8], 8), wide;
+      case SF_F32: return std::memcpy(&single, &bytes[size_t(i) * 4], 4), single;
+      case SF_BF16: return std::memcpy(&half, &bytes[size_t(i) * 2], 2), from_bits(uint32_t(half) << 16);
+      default: return std::memcpy(&half_float, &bytes[size_t(i) * 2], 2), double(half_float);
+    }
+  }
+};
+
+void fill_events(Buffer& x, int64_t n, int64_t percent, bool graded) {
+  for (int64_t i = 0; i < n; i++) x.set(i, pick(0, 99) < percent ? (graded ? real() : 1.0) : 0.0);
+}
+
+bool close(double got, double expected, double magnitude, int type) {
+  const double unit = type == SF_F64 ? 1e-14 : type == SF_F32 ? 1e-5 : type == SF_F16 ? 2e-3 : 1e-2;
+  return std::fabs(got - expected) <= unit * (magnitude + 1);
+}
+
+struct Scanned {
+  std::vector<uint64_t> bits;
+  std::vector<uint32_t> rows;
+  int64_t counts[3];
+
+  Scanned(const SfScan& s, const Buffer& x, int threads)
+      : bits(size_t(s.batch * s.pixels * ((s.channels + 63) / 64))), rows(size_t(s.batch * s.pixels / s.row_pixels)) {
+    sf_prescan(&s, x.bytes.data(), bits.data(), rows.data(), counts, threads);
+  }
+};
+
+bool run_conv() {
+  SfConv p{};
+  p.type = int32_t(pick(0, 3));
+  p.groups = one_of(1, 1, 1, 2, 3, 64, 67);
+  const int64_t channels = p.groups > 3 ? 1 : one_of(1, 3, 31, 64, 65, 130);
+  const int64_t outputs = p.groups > 3 ? 1 : one_of(1, 16, 33, 100);
+  const bool depthwise = p.groups > 1 && channels == 1 && outputs == 1;
+  p.batch = pick(1, 2), p.in_channels = p.groups * channels, p.out_channels = p.groups * outputs;
+  for (int d = 0; d < 3; d++) {
+    p.kernel[d] = pick(1, 3), p.stride[d] = pick(1, 3), p.padding[d] = pick(0, 2), p.dilation[d] = pick(1, 2);
+    p.in_size[d] = pick(0, 4) + (p.kernel[d] - 1) * p.dilation[d] + 1;
+    if (d == 0) p.kernel[d] = pick(1, 2), p.in_size[d] = pick(1, 2) + p.dilation[d];
+    p.out_size[d] = (p.in_size[d] + 2 * p.padding[d] - p.dilation[d] * (p.kernel[d] - 1) - 1) / p.stride[d] + 1;
+  }
+  p.block = depthwise ? 64 : p.type == SF_BF16 ? one_of(32, 64) : one_of(16, 32, 64);
+  p.width = p.block * one_of(1, 2, 4), p.slab = pick(1, 6), p.tile = one_of(1, 5, 64);
+  p.x_channels_last = int32_t(pick(0, 1)), p.out_channels_last = int32_t(pick(0, 1));
+  p.split_outputs = int32_t(pick(0, 1));
+  const int64_t plane = p.in_size[0] * p.in_size[1] * p.in_size[2];
+  const int64_t out_plane = p.out_size[0] * p.out_size[1] * p.out_size[2], taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+  const bool graded = pick(0, 2) == 0, biased = pick(0, 1) == 0;
+  const int threads = int(pick(1, 3));
+
+  Buffer x(p.type, p.batch * p.in_channels * plane), w(p.type, p.out_channels * channels * taps);
+  Buffer bias(p.type, p.out_channels), out(p.type, p.batch * p.out_channels * out_plane);
+  fill_events(x, p.batch * p.in_channels * plane, one_of(0, 2, 20, 100), graded);
+  for (int64_t i = 0; i < p.out_channels * channels * taps; i++) w.set(i, real());
+  for (int64_t i = 0; i < p.out_channels; i++) bias.set(i, real());
+  const int64_t pack_groups = depthwise ? 1 : p.groups, per_group = p.out_channels / pack_groups;
+  const int64_t size[5] = {p.out_channels, channels, p.kernel[0], p.kernel[1], p.kernel[2]};
+  const int64_t stride[5] = {channels * taps, taps, size[3] * size[4], size[4], 1};
+  Buffer packed(p.type, (per_group + p.block - 1) / p.block * p.block * pack_groups * channels * taps);
+  sf_pack(w.bytes.data(), size, stride, pack_groups, p.block, p.type, packed.bytes.data(), threads);
+  const SfScan scan{p.batch, p.in_channels, plane, p.in_size[2], p.type, p.x_channels_last};
+  const Scanned scanned(scan, x, threads);
+  sf_poison_workspace(0xFF);
+  sf_conv(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), packed.bytes.data(),
+          biased ? bias.bytes.data() : nullptr, out.bytes.data(), !scanned.counts[2], threads);
+
+  for (int64_t i = 0; i < p.batch * p.out_channels * out_plane; i++) {
+    const int64_t n = i / out_plane / p.out_channels, o = i / out_plane % p.out_channels, at = i % out_plane;
+    const int64_t ow = at % p.out_size[2], oh = at / p.out_size[2] % p.out_size[1], od = at / p.out_size[2] / p.out_size[1];
+    double sum = biased ? bias.get(o) : 0.0, magnitude = 0;
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t kw = tap % size[4], kh = tap / size[4] % size[3], kd = tap / size[4] / size[3];
+      const int64_t d = od * p.stride[0] - p.padding[0] + kd * p.dilation[0];
+      const int64_t h = oh * p.stride[1] - p.padding[1] + kh * p.dilation[1];
+      const int64_t v = ow * p.stride[2] - p.padding[2] + kw * p.dilation[2];
+      if (d < 0 || h < 0 || v < 0 || d >= p.in_size[0] || h >= p.in_size[1] || v >= p.in_size[2]) continue;
+      const int64_t pixel = (d * p.in_size[1] + h) * p.in_size[2] + v;
+      for (int64_t c = 0; c < channels; c++) {
+        const int64_t channel = o / outputs * channels + c;
+        const double value = x.get(p.x_channels_last ? (n * plane + pixel) * p.in_channels + channel
+                                                     : (n * p.in_channels + channel) * plane + pixel);
+        const double term = value * w.get((o * channels + c) * taps + tap);
+        sum += term, magnitude += std::fabs(term);
+      }
+    }
+    const double got = out.get(p.out_channels_last ? (n * out_plane + at) * p.out_channels + o : i);
+    if (!close(got, sum, magnitude, p.type)) return std::printf("conv: type %d groups %ld output %ld: %g, not %g\n", p.type, long(p.groups), long(i), got, sum), false;
+  }
+  return true;
+}
+
+bool run_linear() {
+  SfLinear p{};
+  p.type = int32_t(pick(0, 3));
+  p.rows = pick(1, 5), p.in_features = one_of(1, 63, 130, 300), p.out_features = one_of(1, 40, 200);
+  p.block = 64 * pick(1, 3), p.slab = pick(1, 3);
+  const bool graded = pick(0, 2) == 0;
+  const int threads = int(pick(1, 3));
+  const int64_t blocks = (p.out_features + p.block - 1) / p.block;
+  Buffer x(p.type, p.rows * p.in_features), w(p.type, p.out_features * p.in_features), bias(p.type, p.out_features);
+  Buffer packed(p.type, blocks * p.block * p.in_features), out(p.type, p.rows * p.out_features);
+  fill_events(x, p.rows * p.in_features, one_of(0, 5, 40, 100), graded);
+  for (int64_t i = 0; i < p.out_features * p.in_features; i++) w.set(i, real());
+  for (int64_t i = 0; i < p.out_features; i++) bias.set(i, real());
+  const int64_t size[5] = {p.out_features, p.in_features, 1, 1, 1}, stride[5] = {p.in_features, 1, 0, 0, 0};
+  sf_pack(w.bytes.data(), size, stride, 1, p.block, p.type, packed.bytes.data(), threads);
+  const Scanned scanned(SfScan{p.rows, p.in_features, 1, 1, p.type, 1}, x, threads);
+  sf_poison_workspace(0xFF);
+  sf_linear(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), packed.bytes.data(), bias.bytes.data(),
+            out.bytes.data(), !scanned.counts[2], threads);
+  for (int64_t i = 0; i < p.rows * p.out_features; i++) {
+    const int64_t r = i / p.out_features, o = i % p.out_features;
+    double sum = bias.get(o), magnitude = 0;
+    for (int64_t k = 0; k < p.in_features; k++) {
+      const double term = x.get(r * p.in_features + k) * w.get(o * p.in_features + k);
+      sum += term, magnitude += std::fabs(term);
+    }
+    if (!close(out.get(i), sum, magnitude, p.type)) return std::printf("linear: type %d block %ld output %ld: %g, not %g\n", p.type, long(p.block), long(i), out.get(i), sum), false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  int runs = 0;
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
+    if (sf_select(isa) == nullptr) continue;
+    for (int i = 0; i < 400; i++, runs++) {
+      const uint64_t seed = state;
+      if (!run_conv() || !run_linear()) {
+        std::printf("wrong result: %s, state %llu\n", isa, static_cast<unsigned long long>(seed));
+        return 1;
+      }
+    }
+  }
+  std::printf("%d cases\n", runs);
+  return 0;
+}
