@@ -1,6 +1,7 @@
 """A trained spiking ResNet, dense and accelerated, on real data: same answers, less time, and where it went.
 
-``make demo`` runs it. Prints tables, and writes ``out/demo.png``, ``out/demo.json`` and one HTML report per batch size.
+``make demo`` runs it. Prints tables, and writes ``out/demo.png``, ``out/demo.json``, ``out/demo.md`` and one HTML report
+per batch size.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class Measurement:
     def speedup(self, name: str) -> float:
         """Median time of the dense run over that of ``name``, both from the same alternation."""
         return self.quantile(DENSE, 0.5) / self.quantile(name, 0.5)
+
+    def time_cells(self, name: str) -> tuple[str, ...]:
+        """Batch size, run, median, spread and speedup as text."""
+        low, middle, high = (milliseconds(self.quantile(name, q)) for q in (0.2, 0.5, 0.8))
+        return str(self.batch_size), name, middle, f"{low} - {high}", f"{self.speedup(name):.2f}x"
 
     def to_dict(self) -> dict:
         """What ``demo.json`` holds."""
@@ -113,9 +119,7 @@ def times_table(measurements: list[Measurement]) -> Table:
         table.add_column(heading, justify="right")
     for m in measurements:
         for name in m.times:
-            low, middle, high = (milliseconds(m.quantile(name, q)) for q in (0.2, 0.5, 0.8))
-            style = "bold" if name == SPARSE else ""
-            table.add_row(str(m.batch_size), name, middle, f"{low} - {high}", f"{m.speedup(name):.2f}x", style=style)
+            table.add_row(*m.time_cells(name), style="bold" if name == SPARSE else "")
         table.add_section()
     return table
 
@@ -161,15 +165,24 @@ def _or_nan(value: float | None, scale: float = 1.0) -> float:
     return float("nan") if value is None else scale * value
 
 
+def markdown(measurements: list[Measurement]) -> str:
+    """The times as a Markdown table, followed by what they were measured on."""
+    lines = ["| batch | run | median ms | p20 - p80 ms | speedup |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(m.time_cells(name))} |" for m in measurements for name in m.times]
+    machine = ", ".join(f"{key} {value}" for key, value in environment().items())
+    return "\n".join([*lines, "", f"Measured with {machine}.", ""])
+
+
 def write_files(answers: Answers, measurements: list[Measurement], out: Path) -> list[Path]:
-    """Picture, figures and HTML reports; returns their paths."""
+    """Picture, figures, a Markdown table and HTML reports; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     draw(measurements, out / "demo.png")
     record = {"answers": dataclasses.asdict(answers), "environment": environment()}
     record["measurements"] = [m.to_dict() for m in measurements]
     (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "demo.md").write_text(markdown(measurements))
     pages = [m.report.to_html(out / f"report-batch{m.batch_size}.html") for m in measurements]
-    return [out / "demo.png", out / "demo.json", *pages]
+    return [out / "demo.png", out / "demo.json", out / "demo.md", *pages]
 
 
 def main(argv: list[str] | None = None) -> int:
