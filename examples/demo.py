@@ -1,7 +1,7 @@
 """A trained spiking ResNet, dense and accelerated, on real data: same answers, less time, and where it went.
 
-``make demo`` runs it. Prints tables, and writes ``out/demo.png``, ``out/demo.json``, ``out/demo.md`` and one HTML report
-per batch size.
+``make demo`` runs it. Prints tables, and writes into ``out/``: ``demo.png``, ``demo.json``, ``demo.md`` and one HTML
+report per batch size.
 """
 
 from __future__ import annotations
