@@ -26,8 +26,8 @@ def _load_builder():
 class BuildEngine(build_ext):
     """A plain shared library, loaded by name through ctypes: no Python ABI in the file name, no PyInit function."""
 
-    def get_ext_filename(self, fullname):  # noqa: ARG002
-        return str(PACKAGE / _load_builder().LIBRARY_NAME)
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")[:-1], _load_builder().LIBRARY_NAME))
 
     def build_extension(self, ext):
         builder = _load_builder()
