@@ -61,6 +61,7 @@ class Crossover:
     """Measured times of one layer shape, and the density above which dense is faster.
 
     Times are milliseconds; ``densities`` and ``sparse_ms`` are parallel; prescan time is part of ``sparse_ms``.
+    ``quiet`` is false where other work on the machine disturbed every run of some measured point.
     """
 
     key: str
@@ -71,6 +72,7 @@ class Crossover:
     densities: tuple[float, ...]
     sparse_ms: tuple[float, ...]
     variant: str
+    quiet: bool = True
 
     def sparse_ms_at(self, density: float) -> float:
         """Sparse time at ``density``, by linear interpolation between the measured points."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,25 +16,24 @@ from sparseflow.config import MeasureBudget
 from sparseflow.kernels.base import Call, Kernel
 from sparseflow.plan import Crossover
 
+try:
+    import resource
+except ImportError:  # not a Unix system
+    resource = None
+
 DENSITIES = (0.01, 0.04, 0.12, 0.3, 0.6, 1.0)
 _VARIANT_DENSITY = 0.08
 _HOPELESS = 1.3
-_MAX_REPEATS = 9
+_WARM_UP = 3
+_MIN_ROUNDS = 3
+_MAX_ROUNDS = 60
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def _time_ms(run: Callable[[], object]) -> float:
     start = time.perf_counter_ns()
     run()
     return (time.perf_counter_ns() - start) / 1e6
-
-
-def _best_ms(run: Callable[[], object], repeats: int = 2) -> float:
-    return min(_time_ms(run) for _ in range(repeats))
-
-
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of ``run`` in ms."""
-    return statistics.median(_time_ms(run) for _ in range(repeats))
 
 
 def synthetic_spikes(like: Tensor, density: float, seed: int = 0) -> Tensor:
@@ -57,7 +58,7 @@ def crossing(dense_ms: float, densities: Sequence[float], sparse_ms: Sequence[fl
 
 
 class Bench:
-    """Dense and sparse runs of one layer on synthetic inputs, timed in alternation."""
+    """Dense and sparse runs of one layer."""
 
     def __init__(self, kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
         self.kernel, self.call, self.like = kernel, call, x
@@ -72,41 +73,72 @@ class Bench:
         """One two-stage run, prescan included."""
         self.kernel.compute(x, self.kernel.prescan(x), packed, self.bias, variant)
 
-    def best_variant(self, dense_ms: float, budget_ms: float) -> tuple[str, Tensor, float]:
+    def best_variant(self, budget_ms: float) -> tuple[str, Tensor, float]:
         """The fastest variant at a typical density, its packed weight and what packing it took in ms."""
         x = synthetic_spikes(self.like, _VARIANT_DENSITY)
-        best: tuple[float, str, Tensor, float] | None = None
-        spent = 0.0
+        packed: dict[str, tuple[Tensor, float]] = {}
         for variant in self.kernel.variants():
             started = time.perf_counter_ns()
-            packed = self.kernel.pack(self.weight, variant)
-            pack_ms = (time.perf_counter_ns() - started) / 1e6
-            self.sparse(x, packed, variant)
-            elapsed = _best_ms(lambda p=packed, v=variant: self.sparse(x, p, v), 3)
-            if best is None or elapsed < best[0]:
-                best = (elapsed, variant, packed, pack_ms)
-            spent += (time.perf_counter_ns() - started) / 1e6
-            if spent > budget_ms or best[0] > _HOPELESS * 4 * dense_ms:
+            weight = self.kernel.pack(self.weight, variant)
+            packed[variant] = (weight, (time.perf_counter_ns() - started) / 1e6)
+        runs = {v: functools.partial(self.sparse, x, weight, v) for v, (weight, _) in packed.items()}
+        times = fastest(runs, budget_ms).ms if len(runs) > 1 else dict.fromkeys(runs, 0.0)
+        best = min(times, key=times.__getitem__)
+        return best, *packed[best]
+
+    def sweep(self, packed: Tensor, variant: str, budget_ms: float) -> Times[object]:
+        """Times of ``"dense"``, ``"prescan"`` and, by density, sparse up to the first density that clearly loses."""
+        inputs = {d: synthetic_spikes(self.like, d, seed=1) for d in DENSITIES}
+        sample = inputs[DENSITIES[1]]
+        runs: dict[object, Callable[[], object]] = {
+            "dense": functools.partial(self.dense, sample),
+            "prescan": functools.partial(self.kernel.prescan, sample),
+        }
+        limit_ms = _HOPELESS * min(_time_ms(runs["dense"]) for _ in range(_WARM_UP))
+        for density, x in inputs.items():
+            runs[density] = functools.partial(self.sparse, x, packed, variant)
+            runs[density]()
+            if _time_ms(runs[density]) > limit_ms and density > DENSITIES[0]:
                 break
-        assert best is not None
-        return best[1:]
-
-    def sweep(self, packed: Tensor, variant: str, dense_ms: float, budget_ms: float) -> tuple[list[float], list[float]]:
-        """Densities and sparse times, ascending, up to the first density at which dense clearly wins."""
-        densities, times = [], []
-        for density in DENSITIES:
-            x = synthetic_spikes(self.like, density, seed=1)
-            first = _time_ms(lambda x=x: self.sparse(x, packed, variant))
-            repeats = _repeats(first, budget_ms / len(DENSITIES))
-            times.append(median_ms(lambda x=x: self.sparse(x, packed, variant), repeats))
-            densities.append(density)
-            if times[-1] > _HOPELESS * dense_ms:
-                break
-        return densities, times
+        return fastest(runs, budget_ms)
 
 
-def _repeats(once_ms: float, budget_ms: float) -> int:
-    return max(1, min(_MAX_REPEATS, int(budget_ms / max(once_ms, 1e-3))))
+@dataclasses.dataclass(frozen=True)
+class Times(Generic[_Key]):
+    """Shortest time of every run in ms; ``quiet`` says that each had the processors to itself for it."""
+
+    ms: dict[_Key, float]
+    quiet: bool
+
+
+def fastest(runs: Mapping[_Key, Callable[[], object]], budget_ms: float) -> Times[_Key]:
+    """Time all runs in turn until another round changes none of the shortest times by more than 3 %.
+
+    What disturbs a run only ever makes it longer, so the shortest is the one to compare; runs during which the
+    scheduler took a processor away count only where there is no other. On a quiet machine the rounds end within
+    ``budget_ms``, on a busy one they may take three times as long.
+    """
+    best = dict.fromkeys(runs, float("inf"))
+    disturbed = dict.fromkeys(runs, float("inf"))
+    started = time.perf_counter()
+    for number in range(1, _MAX_ROUNDS + 1):
+        before = dict(best)
+        for key, run in runs.items():
+            switches = _preemptions()
+            elapsed = _time_ms(run)
+            kept = best if _preemptions() == switches else disturbed
+            kept[key] = min(kept[key], elapsed)
+        spent_ms = (time.perf_counter() - started) * 1e3
+        settled = number >= _MIN_ROUNDS and all(before[key] <= 1.03 * best[key] < float("inf") for key in runs)
+        if (settled and spent_ms > budget_ms / 2) or spent_ms > 3 * budget_ms:
+            break
+    quiet = all(ms < float("inf") for ms in best.values())
+    return Times({key: ms if ms < float("inf") else disturbed[key] for key, ms in best.items()}, quiet)
+
+
+def _preemptions() -> int:
+    """How often a thread of this process lost its processor so far; 0 where the system does not count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def measure(
@@ -117,24 +149,19 @@ def measure(
     ``x`` gives shape, strides and dtype; its values are not used, so that a crossover is valid for every input.
     """
     bench = Bench(kernel, x, weight, bias, call)
-    sample = synthetic_spikes(x, _VARIANT_DENSITY)
     with torch.no_grad():
-        bench.dense(sample)
-        once_ms = _time_ms(lambda: bench.dense(sample))
-        variant, packed, pack_ms = bench.best_variant(once_ms, 0.4 * budget.layer_ms)
-        repeats = _repeats(once_ms, 0.1 * budget.layer_ms)
-        before = [_time_ms(lambda: bench.dense(sample)) for _ in range(repeats)]
-        densities, sparse_ms = bench.sweep(packed, variant, once_ms, 0.3 * budget.layer_ms)
-        after = [_time_ms(lambda: bench.dense(sample)) for _ in range(repeats)]
-        prescan_ms = _best_ms(lambda: kernel.prescan(sample), 3)
-    dense_ms = statistics.median(before + after)
+        variant, packed, pack_ms = bench.best_variant(0.25 * budget.layer_ms)
+        times = bench.sweep(packed, variant, 0.5 * budget.layer_ms)
+    densities = tuple(d for d in DENSITIES if d in times.ms)
+    sparse_ms = tuple(times.ms[d] for d in densities)
     return Crossover(
         key=key,
-        density=crossing(dense_ms, densities, sparse_ms),
-        dense_ms=dense_ms,
-        prescan_ms=prescan_ms,
+        density=crossing(times.ms["dense"], densities, sparse_ms),
+        dense_ms=times.ms["dense"],
+        prescan_ms=times.ms["prescan"],
         pack_ms=pack_ms,
-        densities=tuple(densities),
-        sparse_ms=tuple(sparse_ms),
+        densities=densities,
+        sparse_ms=sparse_ms,
         variant=variant,
+        quiet=times.quiet,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from sparseflow.kernels.select import Refusal
 from sparseflow.plan import Crossover, Path
 
 from .cache import LayerObservation
-from .measure import Bench, crossing, median_ms
+from .measure import Bench, crossing, fastest
 from .runtime import LayerRuntime, LayerStats
 
-_REPEATS = 5
+_BUDGET_MS = 20.0
 
 
 class CalibrationObserver:
@@ -60,10 +61,13 @@ def refine(known: Crossover, bench: Bench, x: Tensor, density: float) -> Crossov
     with torch.no_grad():
         packed = bench.kernel.pack(bench.weight, known.variant)
         bench.sparse(x, packed, known.variant)
-        dense_ms = median_ms(lambda: bench.dense(x), _REPEATS)
-        sparse_ms = median_ms(lambda: bench.sparse(x, packed, known.variant), _REPEATS)
-    scale = sparse_ms / known.sparse_ms_at(density)
+        runs = {
+            "dense": functools.partial(bench.dense, x),
+            "sparse": functools.partial(bench.sparse, x, packed, known.variant),
+        }
+        times = fastest(runs, _BUDGET_MS).ms
+    scale = times["sparse"] / known.sparse_ms_at(density)
     scaled = tuple(t * scale for t in known.sparse_ms)
     return dataclasses.replace(
-        known, dense_ms=dense_ms, sparse_ms=scaled, density=crossing(dense_ms, known.densities, scaled)
+        known, dense_ms=times["dense"], sparse_ms=scaled, density=crossing(times["dense"], known.densities, scaled)
     )

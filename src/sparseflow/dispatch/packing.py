@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,22 +12,51 @@ from torch import Tensor
 from sparseflow.kernels.base import Kernel
 from sparseflow.plan import Crossover
 
+_WITNESSES = 64
 
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
+
+class _Token(NamedTuple):
+    """What a packed copy was made from, and for whom; the tensor itself, since an address may be used again."""
+
+    source: weakref.ref[Tensor]
+    address: int
+    version: int
+    variant: str
+    dtype: torch.dtype
+
+    def same(self, other: _Token | None) -> bool:
+        """Equality; references are compared as objects, because equal ones would compare the elements of tensors."""
+        return other is not None and self.source is other.source and self[1:] == other[1:]
+
+
+class _Packed(NamedTuple):
+    """A packed copy; ``values`` is ``None`` where the weight has none that sparse may use."""
+
+    token: _Token
+    values: Tensor | None
+    witness: Tensor
+
+    def fresh(self, weight: Tensor, kernel: Kernel, offset: int) -> bool:
+        """Whether a sample of ``weight`` is still what was packed."""
+        if self.values is not None and weight.dtype == kernel.dtype:
+            return kernel.matches(weight, self.values, self.token.variant, offset)
+        return torch.equal(_witness(weight), self.witness)
 
 
 class PackedWeight:
     """The packed copy of a weight, rebuilt when the weight changed.
 
-    A change is seen by the tensor's address and version counter, and, since writes through ``.data`` move neither, by
-    comparing a sample of positions that differs from call to call. A weight that changes at every call, as in
-    training, is packed only where the layer gains more than packing costs.
+    A change is seen by the tensor's identity, address and version counter, and, since writes through ``.data`` move
+    none of them, by comparing a sample of its elements, at positions that differ from call to call (under autocast:
+    always the same ones). A weight that changes at every call, as in training, is packed only where the layer gains
+    more than packing costs; so is one that is wanted in two forms in turn.
+
+    A weight with an infinity or NaN is never packed: dense multiplies it by the zeros too, and that is not zero.
     """
 
     def __init__(self) -> None:
-        self._token: tuple[object, ...] | None = None
-        self._packed: tuple[Tensor, str, torch.dtype] | None = None
+        self._token: _Token | None = None
+        self._packed: _Packed | None = None
         self._calls = 0
         self._expected: float = math.inf
         self._offset = 0
@@ -35,23 +66,40 @@ class PackedWeight:
         self._token = self._packed = None
 
     def get(self, weight: Tensor, kernel: Kernel, variant: str, crossover: Crossover, gain_ms: float) -> Tensor | None:
-        """The packed weight, or ``None`` where packing it costs more than ``gain_ms`` a call brings back."""
-        token = (weight.data_ptr(), _version(weight))
-        if token != self._token:
+        """The packed weight; ``None`` where it cannot be used or packing costs more than ``gain_ms`` a call brings."""
+        token = _Token(weakref.ref(weight), weight.data_ptr(), _version(weight), variant, kernel.dtype)
+        if not token.same(self._token):
             self._restart(token)
         self._calls += 1
-        if self._packed is not None and self._packed[1:] == (variant, kernel.dtype):
+        held = self._packed  # read once: other threads may replace it
+        if held is not None and token.same(held.token):
             self._offset += 1
-            if kernel.matches(weight, self._packed[0], variant, self._offset):
-                return self._packed[0]
+            if held.fresh(weight, kernel, self._offset):
+                return held.values
             self._restart(token)
         if crossover.pack_ms > gain_ms * max(self._expected, self._calls):
             return None
-        packed = kernel.pack(weight, variant)
-        self._packed = (packed, variant, kernel.dtype)
-        return packed
+        cast = weight.detach().to(kernel.dtype)
+        values = kernel.pack(cast, variant) if _finite(cast) else None
+        self._packed = _Packed(token, values, _witness(weight).clone())
+        return values
 
-    def _restart(self, token: tuple[object, ...]) -> None:
+    def _restart(self, token: _Token) -> None:
         if self._token is not None:
             self._expected = float(self._calls)
         self._token, self._packed, self._calls = token, None, 0
+
+
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
+
+
+def _finite(weight: Tensor) -> bool:
+    return not weight.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(weight))
+
+
+def _witness(weight: Tensor) -> Tensor:
+    """A view of elements spread evenly over the memory of ``weight``, whatever its strides."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    count = max(0, min(_WITNESSES, span)) if weight.numel() else 0
+    return weight.detach().as_strided((count,), (span // max(count, 1),), weight.storage_offset())

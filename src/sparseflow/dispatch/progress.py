@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator
 
 from sparseflow.config import MeasureBudget
 
+logger = logging.getLogger("sparseflow")
 _active: contextvars.ContextVar[MeasureProgress | None] = contextvars.ContextVar("measuring", default=None)
 
 
@@ -19,6 +21,7 @@ class MeasureProgress:
     def __init__(self, total: int, budget: MeasureBudget):
         self.total, self.budget = total, budget
         self.done, self.spent_ms = 0, 0.0
+        self.disturbed: list[str] = []
         self._bar = None
 
     def layer_budget(self) -> MeasureBudget:
@@ -38,9 +41,28 @@ class MeasureProgress:
             self._bar.update(self._bar.task_ids[0], completed=self.done)
 
     def close(self) -> None:
-        """Take the progress bar down."""
+        """Take the progress bar down, and say once what could not be measured properly."""
         if self._bar is not None:
             self._bar.stop()
+        if self.disturbed:
+            _warn_disturbed(f"{len(self.disturbed)} layers (first: {self.disturbed[0]})")
+
+
+def note_disturbed(layer: str) -> None:
+    """Record that other work on the machine disturbed the measurement of ``layer``."""
+    progress = _active.get()
+    if progress is None:
+        _warn_disturbed(layer)
+    else:
+        progress.disturbed.append(layer)
+
+
+def _warn_disturbed(what: str) -> None:
+    logger.warning(
+        "%s: measured while other work took the processors away. The choice between dense and sparse may be wrong and "
+        "is kept for this process only; accelerate again on a quiet machine, or use fewer threads.",
+        what,
+    )
 
 
 def _start_bar(total: int):

@@ -23,7 +23,7 @@ from .cache import CrossoverCache
 from .measure import measure
 from .packing import PackedWeight
 from .policy import Policy
-from .progress import layer_budget
+from .progress import layer_budget, note_disturbed
 
 _MAX_SITES = 16
 _FORCED_VARIANT_DENSITY = 1.0
@@ -189,7 +189,10 @@ class LayerRuntime:
         if found is None:
             with layer_budget(self.config.budget) as budget:
                 found = measure(key, kernel, x, weight, bias, call, budget)
-            shared_cache.put(found)
+            if found.quiet:
+                shared_cache.put(found)
+            else:
+                note_disturbed(self.plan.name)
         return found
 
     def describe(self) -> LayerPlan:
