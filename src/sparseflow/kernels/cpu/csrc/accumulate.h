@@ -17,8 +17,9 @@ struct RowPass {
   const int64_t* shifts;    // per pixel: bytes to subtract from the weight pointer
   int64_t kernel_columns;
   int64_t pixels;
-  const typename T::Acc* from;  // initial sums: the bias (from_step 0) or an earlier pass's sums
+  const typename T::Acc* from;  // initial sums: zeros (from_step 0) or an earlier pass's sums
   int64_t from_step;
+  const typename T::Acc* bias;  // added last, so that rounding follows the size of the sum; zeros in earlier passes
   typename T::Acc* to;
   int64_t to_step;
 };
@@ -76,7 +77,7 @@ void accumulate_row(const RowPass<T>& pass) {
       Vec sum = sums[0][v];
 #pragma GCC unroll 4
       for (int i = 1; i < kChains; i++) sum += sums[i][v];
-      store(to + v * kLanes<T>, sum);
+      store(to + v * kLanes<T>, sum + load<Vec>(a.bias + v * kLanes<T>));
     }
   }
 }

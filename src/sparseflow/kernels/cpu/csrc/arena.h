@@ -18,6 +18,14 @@ SF_INLINE int thread_index() {
 #endif
 }
 
+SF_INLINE int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 // Hands out 64-byte aligned pieces of one workspace. With a null base it only adds sizes up.
 class Arena {
  public:

@@ -52,7 +52,7 @@ class Conv {
         output_{static_cast<Element*>(out), p.out_channels, s_.out_plane, p.out_channels_last != 0},
         graded_(graded),
         threads_(threads) {
-    tile_rows_ = max(1, p_.tile / s_.tile_columns);
+    tile_rows_ = even_tile_rows(s_.out_rows, max(1, p_.tile / s_.tile_columns), threads);
     column_tiles_ = ceil_div(p_.out_size[2], s_.tile_columns);
     list_rows_ = p_.split_outputs ? min(s_.out_rows, max(tile_rows_, kSharedListEntries / s_.list_capacity))
                                   : tile_rows_;
@@ -67,6 +67,7 @@ class Conv {
     Arena arena(memory);
     place(arena);
     pad_bias<T>(bias_source_, p_.groups, s_.outputs, s_.blocks * p_.block, bias_);
+    __builtin_memset(zeros_, 0, p_.width * sizeof(Acc));
     for (int64_t i = 0; i < s_.tile_columns; i++) {
       const int64_t relative = i * p_.stride[2], j = relative / p_.dilation[2];
       windows_[i] = uint32_t(relative % p_.dilation[2] * s_.phase_columns + j);
@@ -95,8 +96,10 @@ class Conv {
 
   void place(Arena& arena) {
     bias_ = arena.take<Acc>(p_.groups * s_.blocks * p_.block);
+    zeros_ = arena.take<Acc>(p_.width);
     windows_ = arena.take<uint32_t>(s_.tile_columns);
     shifts_ = arena.take<int64_t>(s_.tile_columns);
+    costs_ = arena.take<int64_t>(ceil_div(s_.out_rows, tile_rows_) + 1);
     per_thread_ = arena.take<Thread>(threads_);
     const bool measuring = reinterpret_cast<uintptr_t>(bias_) == 0;
     for (int t = 0; t < threads_; t++) {
@@ -114,15 +117,46 @@ class Conv {
     return {first, min(s_.tile_columns, p_.out_size[2] - first)};
   }
 
+  // At most `rows` rows a tile, such that the tiles are alike and every thread has as many, if possible two or more.
+  static int64_t even_tile_rows(int64_t total, int64_t rows, int64_t threads) {
+    if (threads == 1) return rows;
+    const int64_t tiles = max(ceil_div(total, rows), min(total, 2 * threads));
+    return max(1, ceil_div(total, ceil_div(tiles, threads) * threads));
+  }
+
+  // Cumulated cost of row tiles: what an output pixel costs even if silent, and what its events cost.
+  void estimate_costs(int64_t row_tiles) const {
+    constexpr int64_t kPixelCost = 4;  // in additions of a weight row
+    costs_[0] = 0;
+    for (int64_t tile = 0; tile < row_tiles; tile++) {
+      const int64_t row0 = tile * tile_rows_, rows = min(tile_rows_, s_.out_rows - row0);
+      int64_t cost = rows * p_.out_size[2] * kPixelCost;
+      for (int64_t i = 0; i < rows; i++) cost += builder_.count_events(row0 + i) * p_.kernel[2];
+      costs_[tile + 1] = costs_[tile] + cost;
+    }
+  }
+
+  // First tile of a thread's share: neighbouring tiles of equal cost in total. Not handed out dynamically, because
+  // a thread that keeps its part of the map from layer to layer finds it in its own cache, and because threads that
+  // alternate in a plane fight over the cache lines at the seams.
+  int64_t share_begin(int64_t thread, int64_t team, int64_t row_tiles) const {
+    if (thread == team) return row_tiles * column_tiles_;
+    int64_t tile = 0;
+    while (costs_[tile + 1] * team <= costs_[row_tiles] * thread && tile < row_tiles - 1) tile++;
+    const int64_t into = costs_[row_tiles] * thread - costs_[tile] * team;
+    return tile * column_tiles_ + into * column_tiles_ / max(1, (costs_[tile + 1] - costs_[tile]) * team);
+  }
+
   // Every tile is one thread's: it builds the lists and adds up all output channels.
   void run_split_pixels() {
-    const int64_t tiles = ceil_div(s_.out_rows, tile_rows_) * column_tiles_;
+    const int64_t row_tiles = ceil_div(s_.out_rows, tile_rows_);
+    estimate_costs(row_tiles);
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
     {
       const Thread& thread = per_thread_[thread_index()];
       thread.lists.link(s_, list_rows_);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t end = share_begin(thread_index() + 1, team_size(), row_tiles);
+      for (int64_t tile = share_begin(thread_index(), team_size(), row_tiles); tile < end; tile++) {
         const Columns columns = columns_of(tile % column_tiles_);
         const int64_t row0 = tile / column_tiles_ * tile_rows_, rows = min(tile_rows_, s_.out_rows - row0);
         for (int64_t g = 0; g < p_.groups; g++) {
@@ -150,11 +184,11 @@ class Conv {
         const int64_t row0 = part / column_tiles_ * list_rows_, rows = min(list_rows_, s_.out_rows - row0);
         const int64_t row_tiles = ceil_div(rows, tile_rows_);
         for (int64_t g = 0; g < p_.groups; g++) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
           for (int64_t i = 0; i < rows; i++) {
             builder_.build(row0 + i, columns.first, g, thread.inputs, shared_.rows[i]);
           }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
           for (int64_t item = 0; item < passes * row_tiles; item++) {
             const int64_t tile0 = item % row_tiles * tile_rows_;
             const int64_t b0 = item / row_tiles * (p_.width / p_.block);
@@ -204,8 +238,9 @@ class Conv {
         pass.entries = lists[i].entries;
         pass.values = lists[i].values;
         pass.starts = lists[i].starts + slab * s_.starts;
-        pass.from = slab == 0 ? bias : tile_row;
+        pass.from = slab == 0 ? zeros_ : tile_row;
         pass.from_step = slab == 0 ? 0 : width;
+        pass.bias = slab == s_.slabs - 1 ? bias : zeros_;
         pass.to = tile_row;
         pass.to_step = width;
         if (direct && slab == s_.slabs - 1) {
@@ -258,8 +293,10 @@ class Conv {
   int64_t tile_rows_, column_tiles_, list_rows_;
   const void* bias_source_;
   Acc* bias_;
+  Acc* zeros_;
   uint32_t* windows_;
   int64_t* shifts_;
+  int64_t* costs_;
   Thread* per_thread_;
   TileLists<T> shared_;
 };

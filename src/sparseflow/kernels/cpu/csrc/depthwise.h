@@ -74,7 +74,7 @@ class DepthwiseConv {
       output_of_[i] = int32_t(i % p_.stride[2] == 0 ? i / p_.stride[2] : -1);
     }
     const int64_t column_tiles = ceil_div(p_.out_size[2], s_.tile_columns);
-#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(dynamic, 4)
+#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
     for (int64_t item = 0; item < s_.out_rows * column_tiles; item++) {
       const int64_t first = item % column_tiles * s_.tile_columns;
       add_row(item / column_tiles, first, min(s_.tile_columns, p_.out_size[2] - first));

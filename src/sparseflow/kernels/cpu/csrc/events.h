@@ -109,28 +109,41 @@ class InputRowFinder {
 
   // Writes at most kernel_rows entries and returns how many.
   int64_t find(int64_t row, int64_t first_channel, InputRow* inputs) const {
+    int64_t found = 0;
+    for_each(row, [&](int64_t kernel_row, int64_t image, int64_t in_row) {
+      if (row_counts_[in_row] == 0) return;
+      const int64_t pixel = in_row * p_.in_size[2];
+      const int64_t x_offset = p_.x_channels_last
+                                   ? pixel * p_.in_channels + first_channel
+                                   : (image * p_.in_channels + first_channel - image) * s_.in_plane + pixel;
+      inputs[found++] = {kernel_row, bits_ + pixel * s_.pixel_words, x_offset};
+    });
+    return found;
+  }
+
+  int64_t count_events(int64_t row) const {
+    int64_t events = 0;
+    for_each(row, [&](int64_t, int64_t, int64_t in_row) { events += row_counts_[in_row]; });
+    return events;
+  }
+
+ private:
+  // visit(kernel row, image, input row) for the kernel rows that fall inside the input.
+  template <class Visit>
+  SF_INLINE_MEMBER void for_each(int64_t row, Visit visit) const {
     const int64_t oh = row % p_.out_size[1], od = row / p_.out_size[1] % p_.out_size[0];
     const int64_t n = row / p_.out_size[1] / p_.out_size[0];
-    int64_t found = 0;
     for (int64_t kd = 0; kd < p_.kernel[0]; kd++) {
       const int64_t d = od * p_.stride[0] - p_.padding[0] + kd * p_.dilation[0];
       if (d < 0 || d >= p_.in_size[0]) continue;
       for (int64_t kh = 0; kh < p_.kernel[1]; kh++) {
         const int64_t h = oh * p_.stride[1] - p_.padding[1] + kh * p_.dilation[1];
         if (h < 0 || h >= p_.in_size[1]) continue;
-        const int64_t in_row = (n * p_.in_size[0] + d) * p_.in_size[1] + h;
-        if (row_counts_[in_row] == 0) continue;
-        const int64_t pixel = in_row * p_.in_size[2];
-        const int64_t x_offset = p_.x_channels_last
-                                     ? pixel * p_.in_channels + first_channel
-                                     : (n * p_.in_channels + first_channel - n) * s_.in_plane + pixel;
-        inputs[found++] = {kd * p_.kernel[1] + kh, bits_ + pixel * s_.pixel_words, x_offset};
+        visit(kd * p_.kernel[1] + kh, n, (n * p_.in_size[0] + d) * p_.in_size[1] + h);
       }
     }
-    return found;
   }
 
- private:
   const SfConv& p_;
   const ConvShape& s_;
   const uint64_t* bits_;
@@ -146,6 +159,8 @@ class ListBuilder {
         x_(static_cast<const typename T::Element*>(x)),
         finder_(p, shape, bits, row_counts),
         row_bytes_(uint32_t(p.block * sizeof(typename T::Element))) {}
+
+  int64_t count_events(int64_t row) const { return finder_.count_events(row); }
 
   // Lists of output row `row`, columns from first_column on, input channels of `group`.
   void build(int64_t row, int64_t first_column, int64_t group, InputRow* inputs, RowLists<T>& out) const {

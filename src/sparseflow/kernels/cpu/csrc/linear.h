@@ -98,9 +98,7 @@ class Linear {
   }
 
   void add_item(const Item& item, Acc* sums) const {
-    for (int64_t r = 0; r < p_.rows; r++) {
-      __builtin_memcpy(sums + r * item.columns, bias_ + item.channel, item.columns * sizeof(Acc));
-    }
+    __builtin_memset(sums, 0, p_.rows * item.columns * sizeof(Acc));
     for (int64_t slab = 0; slab < slabs_; slab++) {
       for (int64_t r = 0; r < p_.rows; r++) {
         const uint32_t* starts = starts_ + r * (slabs_ + 1) + slab;
@@ -113,6 +111,9 @@ class Linear {
     }
     const int64_t valid = min(item.columns, p_.out_features - item.channel);
     if (valid <= 0) return;
+    for (int64_t r = 0; r < p_.rows; r++) {
+      for (int64_t c = 0; c < item.columns; c++) sums[r * item.columns + c] += bias_[item.channel + c];
+    }
     store_channels_last<T>(sums, item.columns, p_.rows, valid, out_ + item.channel, p_.out_features);
   }
 
