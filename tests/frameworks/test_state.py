@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 
 import numpy as np
@@ -50,6 +51,19 @@ def test_every_kind_of_state_comes_back():
     assert torch.equal(net.plain, plain)
     assert torch.equal(net.trace, trace)
     assert torch.equal(net(torch.ones(3, 2)), first), "the same random numbers again"
+
+
+def test_named_tuples_stay_what_they_are():
+    """DistributedDataParallel keeps its configuration in one."""
+    Config = collections.namedtuple("Config", "trace, rank")
+    net = nn.Identity()
+    config = net.config = Config(torch.zeros(2), 3)
+    saved = snapshot_state(net)
+    net.config.trace.add_(1.0)
+    net.config = None
+    restore_state(net, saved)
+    assert net.config is config
+    assert torch.equal(config.trace, torch.zeros(2))
 
 
 def test_batch_norm_statistics_come_back():

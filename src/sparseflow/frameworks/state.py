@@ -77,10 +77,8 @@ def _save(value: Any) -> Any:
         return _SavedTensor(value, value.detach().clone())
     if isinstance(value, dict):
         return _SavedContainer(value, {key: _save(item) for key, item in value.items()})
-    if isinstance(value, (list, set)):
+    if isinstance(value, (list, set, tuple)):
         return _SavedContainer(value, [_save(item) for item in value])
-    if isinstance(value, tuple):
-        return tuple(_save(item) for item in value)
     return value
 
 
@@ -95,13 +93,17 @@ def _restore(saved: Any) -> Any:
 
 
 def _refill(container: Any, items: Any) -> Any:
+    if isinstance(container, dict):
+        restored = {key: _restore(item) for key, item in items.items()}
+    else:
+        restored = [_restore(item) for item in items]
+    if isinstance(container, tuple):  # holds the same items for ever; only what is in them can have changed
+        return container
     container.clear()
     if isinstance(container, list):
-        container.extend(_restore(item) for item in items)
-    elif isinstance(container, set):
-        container.update(_restore(item) for item in items)
+        container.extend(restored)
     else:
-        container.update({key: _restore(item) for key, item in items.items()})
+        container.update(restored)
     return container
 
 
