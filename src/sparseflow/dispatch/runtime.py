@@ -26,6 +26,7 @@ from .policy import Policy
 from .progress import layer_budget, note_disturbed
 
 _MAX_SITES = 16
+_MAX_MEASURED = 8
 _FORCED_VARIANT_DENSITY = 1.0
 shared_cache = CrossoverCache()
 
@@ -72,6 +73,11 @@ class _Site:
     kernel: Kernel | Refusal
     policy: Policy | None = None
 
+    @property
+    def never(self) -> bool:
+        """Whether the measured choice is dense at every density."""
+        return self.policy is None or self.policy.never
+
     def retune(self, crossover: Crossover) -> None:
         """Choose by ``crossover`` from now on."""
         self.policy = Policy(crossover)
@@ -104,7 +110,8 @@ class LayerRuntime:
         self._sites: collections.OrderedDict[tuple[object, ...], _Site] = collections.OrderedDict()
         self._packed = PackedWeight()
         self._lock = threading.RLock()
-        self._shortcut: tuple[torch.Size, torch.dtype] | None = None
+        self._hopeless: dict[tuple[object, object], _Site] = {}
+        self._measured: list[tuple[int, Crossover]] = []
         self.last_site: _Site | None = None
         self.handle = functional.register_runner(self)
 
@@ -124,10 +131,19 @@ class LayerRuntime:
         """The cheap check that lets a layer where sparse never wins run its original forward at once."""
         if self.disabled:
             return True
-        if self._shortcut == (x.shape, x.dtype) and not self.observers:
+        site = self._hopeless.get((x.shape, x.dtype))
+        return site is not None and self._passes_by(site)
+
+    def always_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> bool:
+        """The same answer from the first call of a signature on: recomputed activations must be saved alike."""
+        return not self.disabled and self._passes_by(self._site(x, weight, bias, call))
+
+    def _passes_by(self, site: _Site) -> bool:
+        """Count a call that runs PyTorch's own layer because no density would make sparse win."""
+        passes = self.config.mode == "auto" and site.never and not self.observers
+        if passes:
             self.stats.calls[Path.DENSE] += 1
-            return True
-        return False
+        return passes
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         """Compute the layer, sparse or dense. ``weight`` may differ from ``x`` in dtype under autocast."""
@@ -161,7 +177,8 @@ class LayerRuntime:
         return kernel.path, kernel.compute(x, scan, packed, bias, crossover.variant)
 
     def _site(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> _Site:
-        key = (x.shape, x.stride(), x.dtype, weight.stride(), call, torch.get_num_threads())
+        biased = bias is not None and bias.shape
+        key = (x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), biased, call, torch.get_num_threads())
         site = self._sites.get(key)
         if site is None:
             with self._lock:
@@ -170,15 +187,21 @@ class LayerRuntime:
         return site
 
     def _new_site(self, key: tuple[object, ...], x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> _Site:
-        site = _Site(select(x, weight, call, self.config.backend))
+        site = _Site(self._kernel(x, weight, bias, call))
         if not isinstance(site.kernel, Refusal) and x.numel():
             site.policy = Policy(self._crossover(site.kernel, x, weight, bias, call))
-        if self.config.mode == "auto" and (site.policy is None or site.policy.never):
-            self._shortcut = (x.shape, x.dtype)
         self._sites[key] = site
         while len(self._sites) > _MAX_SITES:
             self._sites.popitem(last=False)
+        self._hopeless = {(shape, dtype): s for (shape, _, dtype, *_), s in self._sites.items() if s.never}
         return site
+
+    def _kernel(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Kernel | Refusal:
+        if weight.device != x.device or (bias is not None and bias.device != x.device):
+            return Refusal(Reason.DEVICE, f"the input is on {x.device}, the weight on {weight.device}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            return Refusal(Reason.CUSTOM_FORWARD, f"the bias has shape {tuple(bias.shape)}")
+        return select(x, weight, call, self.config.backend)
 
     def _crossover(self, kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Crossover:
         key = crossover_key(kernel.path, x, weight, call)
@@ -186,14 +209,22 @@ class LayerRuntime:
             variant = kernel.variants()[0]
             return Crossover(key, 1.0, 0.0, 0.0, 0.0, (_FORCED_VARIANT_DENSITY,), (0.0,), variant)
         found = self.config.known.get(key) or shared_cache.get(key)
+        if found is None and len(self._measured) >= _MAX_MEASURED:
+            found = self._nearest(kernel, x)
         if found is None:
             with layer_budget(self.config.budget) as budget:
                 found = measure(key, kernel, x, weight, bias, call, budget)
+            self._measured.append((x.numel(), found))
             if found.quiet:
                 shared_cache.put(found)
             else:
                 note_disturbed(self.plan.name)
         return found
+
+    def _nearest(self, kernel: Kernel, x: Tensor) -> Crossover | None:
+        """The measured crossover of the input nearest in size: a stream of new shapes must not measure for ever."""
+        fitting = [(numel, c) for numel, c in self._measured if c.variant in kernel.variants()]
+        return min(fitting, key=lambda pair: abs(math.log(pair[0] / x.numel())), default=(0, None))[1]
 
     def describe(self) -> LayerPlan:
         """The plan of this layer as it stands now: path, reason and figures of the last signature it ran."""

@@ -89,11 +89,11 @@ class Kernel(Protocol):
         ...
 
     def pack(self, weight: Tensor, variant: str) -> Tensor:
-        """The weight in the layout ``variant`` reads; at most the dense bytes, up to vector padding."""
+        """The weight (of the kernel's dtype) in the layout ``variant`` reads; at most the dense bytes plus padding."""
         ...
 
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
-        """Compare a sample of ``weight`` with ``packed``; ``offset`` moves the sampled positions."""
+        """Compare a sample of ``weight`` (of the kernel's dtype) with ``packed``; ``offset`` moves the positions."""
         ...
 
     def prescan(self, x: Tensor) -> Any:

@@ -54,11 +54,9 @@ class EventConv:
         return tuple(v.name for v in engine.conv_variants(self.geometry, self.dtype))
 
     def pack(self, weight: Tensor, variant: str) -> Tensor:
-        return engine.pack_conv_weight(weight.detach().to(self.dtype), self.geometry.groups, _variant(variant))
+        return engine.pack_conv_weight(weight, self.geometry.groups, _variant(variant))
 
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
-        if weight.dtype != self.dtype:  # packed from a cast copy under autocast: versions alone tell
-            return True
         return engine.weights_match(weight, packed, self.geometry.groups, _variant(variant), offset)
 
     def prescan(self, x: Tensor) -> engine.Prescan:
@@ -90,11 +88,9 @@ class EventLinear:
         return tuple(v.name for v in found)
 
     def pack(self, weight: Tensor, variant: str) -> Tensor:
-        return engine.pack_linear_weight(weight.detach().to(self.dtype), _variant(variant))
+        return engine.pack_linear_weight(weight, _variant(variant))
 
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
-        if weight.dtype != self.dtype:
-            return True
         return engine.weights_match(weight, packed, 1, _variant(variant), offset)
 
     def prescan(self, x: Tensor) -> engine.Prescan:

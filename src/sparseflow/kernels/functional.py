@@ -160,7 +160,8 @@ def _run_stateless(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
     if isinstance(kernel, Refusal):
         raise ValueError(f"no sparse kernel covers this call: {kernel.reason}. {kernel.detail}")
     variant = kernel.variants()[0]
-    return kernel.compute(x, kernel.prescan(x), kernel.pack(weight, variant), bias, variant)
+    packed = kernel.pack(weight.detach().to(x.dtype), variant)
+    return kernel.compute(x, kernel.prescan(x), packed, bias, variant)
 
 
 @torch.library.custom_op("sparseflow::conv", mutates_args=())

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.jit._trace import is_tracing
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 
 from sparseflow.dispatch.runtime import LayerRuntime
@@ -27,7 +27,8 @@ class _Swapped(nn.Module):
     _sparseflow_original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self)._sparseflow_original,), self.__dict__.copy()
+        _, _, *state = super().__reduce_ex__(2)  # of which the first two rebuild by a class nobody can import
+        return _rebuild, (type(self)._sparseflow_original,), *state
 
     def extra_repr(self) -> str:
         """The layer's own description plus what it runs."""
@@ -39,9 +40,9 @@ class SpikeConv(_Swapped):
     """Mixed in before the convolution's own class; replaces the one method every convolution goes through."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _record(self, input, weight, bias, _conv_call(self))
         runtime = self._sparseflow
+        if torch.compiler.is_compiling() and not runtime.disabled:
+            return _record(self, input, weight, bias, _conv_call(self))
         if runtime.goes_dense(input):
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
         call = _cached_conv_call(self)
@@ -58,9 +59,9 @@ class SpikeLinear(_Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., M]``."""
-        if torch.compiler.is_compiling():
-            return _record(self, input, self.weight, self.bias, _LINEAR)
         runtime = self._sparseflow
+        if torch.compiler.is_compiling() and not runtime.disabled:
+            return _record(self, input, self.weight, self.bias, _LINEAR)
         if runtime.goes_dense(input):
             return super().forward(input)
         return _run(runtime, input, self.weight, self.bias, _LINEAR)
@@ -103,13 +104,34 @@ def _run(runtime: LayerRuntime, x: Tensor, weight: Tensor, bias: Tensor | None, 
     """Route one eager call: autograd goes through the registered operation, plain tensors directly."""
     autocast = torch.is_autocast_enabled(x.device.type)
     x = _autocast(x) if autocast else x
-    if type(x) not in _PLAIN or is_functorch_wrapped_tensor(x) or is_tracing():
+    if _watched() or not (_plain(x) and _plain(weight) and (bias is None or _plain(bias))):
         return call.dense(x, weight, bias)
-    if x.dtype != weight.dtype and not autocast:
+    if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
         return call.dense(x, weight, bias)  # raises what the dense layer raises
     if _needs_grad(x, weight, bias):
+        if runtime.always_dense(x, weight, bias, call):
+            return call.dense(x, weight, bias)
         return functional.run_op(runtime.handle, x, weight, bias, call)
     return runtime.run(x, weight, bias, call)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds its values: no subclass, sparse layout or pending negation."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
+
+
+def _watched() -> bool:
+    """Whether somebody other than autograd follows the operations, and has to see PyTorch's own.
+
+    These are ``torch.func`` transforms, forward-mode derivatives, ``torch.jit.trace`` and dispatch modes (counters of
+    operations, selective checkpointing).
+    """
+    return (
+        maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -138,9 +160,19 @@ def swap(layer: nn.Module, runtime: LayerRuntime) -> None:
 
 def unswap(layer: nn.Module) -> None:
     """Undo :func:`swap`, exactly."""
-    layer.__class__ = type(layer)._sparseflow_original  # type: ignore[attr-defined]
+    layer.__class__ = _unswapped_class(type(layer))
     for name in (ATTRIBUTE, _CALL):
         layer.__dict__.pop(name, None)
+
+
+def _unswapped_class(cls: type) -> type:
+    """The class without our part; ``parametrize`` may have derived its own from ours in the meantime."""
+    if "_sparseflow_original" in vars(cls):
+        return cls._sparseflow_original  # type: ignore[attr-defined]
+    if not issubclass(cls, _Swapped):
+        return cls
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(_unswapped_class, cls.__bases__)), body)
 
 
 def runtime_of(layer: nn.Module) -> LayerRuntime | None:
