@@ -74,7 +74,7 @@ def prepacked(layer: Layer, weight: Tensor, bias: Tensor, xs: list[Tensor]) -> R
     """oneDNN with its weight reordered ahead of time, as a frozen inductor graph runs it."""
     ops = torch.ops.mkldnn
     if isinstance(layer.call, LinearCall):
-        packed = ops._reorder_linear_weight(weight.to_mkldnn(), xs[0].shape[0])
+        packed = ops._reorder_linear_weight(weight, xs[0].shape[0])
         return lambda i: ops._linear_pointwise(xs[i], packed, bias, "none", [], "")
     pad, ones = [p for p, _ in layer.call.padding], [1, 1]
     packed = ops._reorder_convolution_weight(weight, pad, ones, ones, 1, list(xs[0].shape))

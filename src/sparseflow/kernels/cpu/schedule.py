@@ -12,7 +12,7 @@ from .geometry import DTYPES, WORD, ConvGeometry, Structure, Variant
 
 MAX_TILE = 256
 _MAX_OFFSET = 2**32  # weight rows are addressed by 32-bit byte offsets
-_L2_BYTES = 1 << 20
+_SHARED_WEIGHT_BYTES = 4 << 20  # weights from which on each thread had better keep to its own part of them
 _SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of them hit L1
 _MIN_SLAB_EVENTS = 24  # events per walk below which the cost of starting a walk outweighs the L1 hits
 _WIDE_DENSITY = 0.04  # below it walks are short, and one wide walk beats two narrow ones
@@ -40,7 +40,7 @@ def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, 
     if outputs <= 32:
         return (Variant(Structure.PIXELS, 32),)
     pixels, shared = Variant(Structure.PIXELS, 32), Variant(Structure.OUTPUTS, 64)
-    if weight_bytes > _L2_BYTES:
+    if weight_bytes > _SHARED_WEIGHT_BYTES:
         return (shared, Variant(Structure.PIXELS, 64), pixels)
     return (pixels, Variant(Structure.PIXELS, 64))
 
@@ -65,5 +65,5 @@ def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, densit
     slab = max(1, _SLAB_BYTES // pair_bytes)
     pairs = geometry.kernel[0] * geometry.kernel[1] * -(-geometry.group_channels // WORD)
     if slab < pairs and density * slab * pair_rows >= _MIN_SLAB_EVENTS:
-        return Variant(variant.structure, variant.block, variant.block, slab, 224)
+        return Variant(variant.structure, variant.block, variant.block, slab, 400)
     return Variant(variant.structure, variant.block, variant.block, 0, 112)

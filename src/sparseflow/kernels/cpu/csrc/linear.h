@@ -141,7 +141,7 @@ class Linear {
 #pragma GCC unroll 8
       for (int k = 0; k < N; k++) {
         load_weights<T, kVectors>(rows[k] + c, terms[k]);
-        __builtin_prefetch(next[k] + c);
+        __builtin_prefetch(next[k] + c, 0, 2);  // to L2: eight long rows are more than L1 holds
       }
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; v++) {
