@@ -126,7 +126,7 @@ def test_a_model_without_spikes_warns_or_raises():
         sparseflow.accelerate(model, torch.randn(2, 4))
     assert "not a spike tensor" in str(sparseflow.report(model))
     with pytest.raises(sparseflow.UnsupportedModelError):
-        sparseflow.accelerate(model, torch.randn(2, 4), strict=True)
+        sparseflow.accelerate(sparseflow.restore(model), torch.randn(2, 4), strict=True)
     assert runtimes(model) == {}
     with pytest.raises(ValueError, match="accelerate"):
         sparseflow.report(model)

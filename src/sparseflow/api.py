@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .dispatch.cache import Calibration
 from .dispatch.fingerprint import fingerprint
 from .dispatch.observe import CalibrationObserver
+from .errors import UnsupportedModelError
 from .graph.isolation import copied, isolated
 from .lowering import RECORD, Options, Patterns, as_arguments, current_plan, lower, raise_layers
 from .modules.swap import runtimes
@@ -22,22 +25,48 @@ from .report import LayerReport, Report
 Model = TypeVar("Model", bound=nn.Module)
 
 
+_planning = threading.RLock()
+
+
 class _PlanOnFirstCall:
-    """A forward pre-hook that plans with the first real input, then removes itself."""
+    """A forward pre-hook that plans with the first real input, then removes itself.
+
+    It stays when the model cannot take that input, and plans with the next.
+    """
 
     def __init__(self, options: Options):
         self.options = options
+        # Planning inside a region that is being compiled would itself be compiled.
+        self._plan: Any = torch.compiler.disable(_plan_on_first_call)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.options,)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._plan(model, args, kwargs, self.options)
+
+
+def _plan_on_first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> None:
+    with _planning:
+        if not _pending(model):  # another thread was first
+            return
+        try:
+            lower(model, args, kwargs, options)
+        except UnsupportedModelError:
+            _cancel_pending(model)
+            raise
         _cancel_pending(model)
-        lower(model, args, kwargs, self.options)
+
+
+def _pending(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _PlanOnFirstCall)]
 
 
 def _cancel_pending(model: nn.Module) -> None:
-    pending = [k for k, hook in model._forward_pre_hooks.items() if isinstance(hook, _PlanOnFirstCall)]
-    for key in pending:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        for key in _pending(module):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def accelerate(
@@ -60,7 +89,8 @@ def accelerate(
         model: a network written with SpikingJelly 2.x, snnTorch 1.x, or plain PyTorch and
             :func:`sparseflow.register_neuron`.
         example_input: what one forward call takes, for example ``[T, N, C, H, W]`` for a multi-step model: a tensor, a
-            tuple of positional or a mapping of keyword arguments. Without it the first real call is the example.
+            tuple (or list) of positional or a mapping of keyword arguments; wrap the input of a model that takes one
+            list or dictionary in a tuple. Without it the first real call is the example.
         backend: ``"auto"``, ``"cpu"`` (native engine), ``"torch"`` (no compiler needed) or ``"triton"``. Only
             ``"auto"`` may fall back.
         mode: ``"auto"`` chooses by measurement; ``"sparse"`` and ``"dense"`` force one path.
@@ -92,16 +122,19 @@ def accelerate(
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration.load(calibration)
     options = Options(backend, mode, include, exclude, calibration, strict)
-    restore(model)
     if example_input is None:
-        model.register_forward_pre_hook(_PlanOnFirstCall(options), with_kwargs=True)
+        restore(model).register_forward_pre_hook(_PlanOnFirstCall(options), with_kwargs=True)
     else:
         lower(model, *as_arguments(example_input), options)
+        _cancel_pending(model)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`, exactly: classes, attributes and hooks are as before. Does nothing on a plain model."""
+    """Undo :func:`accelerate`, exactly, on ``model`` and its submodules: classes, attributes and hooks are as before.
+
+    Does nothing on a plain model.
+    """
     _cancel_pending(model)
     raise_layers(model)
     return model
@@ -118,11 +151,20 @@ def analyze(model: nn.Module, example_input: Any, **options: Any) -> Plan:
     unknown = options.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"analyze got unknown options {sorted(unknown)}; it takes {sorted(defaults)}")
-    try:
+    with _put_back_after(model):
         lower(model, *as_arguments(example_input), Options(**{**defaults, **options}, strict=False))
         return current_plan(model)
+
+
+@contextlib.contextmanager
+def _put_back_after(model: nn.Module) -> Iterator[None]:
+    """Plain inside, and afterwards as it was: layers may have been accelerated as parts of another model."""
+    put_back = raise_layers(model)
+    try:
+        yield
     finally:
         raise_layers(model)
+        put_back()
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, prepare: Callable[[Any], Any] | None = None) -> Calibration:
@@ -145,14 +187,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, prepare: Callable[[An
     first = next(inputs, None)
     if first is None:
         raise ValueError("calibrate needs at least one batch")
-    plain = RECORD not in model.__dict__
-    if plain:
+    batches = itertools.chain((first,), inputs)
+    if RECORD in model.__dict__:
+        return _watch(model, batches)
+    with _put_back_after(model):
         accelerate(model, first)
-    try:
-        return _watch(model, itertools.chain((first,), inputs))
-    finally:
-        if plain:
-            restore(model)
+        return _watch(model, batches)
 
 
 def _watch(model: nn.Module, batches: Iterable[Any]) -> Calibration:
@@ -207,6 +247,11 @@ def refresh(model: nn.Module) -> None:
 def _require_plan(model: nn.Module) -> Plan:
     if RECORD in model.__dict__:
         return current_plan(model)
-    pending = any(isinstance(hook, _PlanOnFirstCall) for hook in model._forward_pre_hooks.values())
-    hint = "it plans at its first call: run it once" if pending else "call sparseflow.accelerate(model) first"
+    inner = next((name for name, module in model.named_modules() if RECORD in module.__dict__), None)
+    if inner is not None:
+        hint = f"its part {inner!r} has: ask for that of model.{inner}"
+    elif _pending(model):
+        hint = "it plans at its first call: run it once"
+    else:
+        hint = "call sparseflow.accelerate(model) first"
     raise ValueError(f"{type(model).__name__} has no plan; {hint}")

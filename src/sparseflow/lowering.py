@@ -21,7 +21,7 @@ from .graph import LayerSite, SpikeMap, candidates, refuse, spike_map
 from .graph.isolation import copied, isolated
 from .kernels.cpu import engine
 from .kernels.select import BACKENDS
-from .modules.swap import runtimes, swap, unswap
+from .modules.swap import runtimes, swap, swap_again, unswap
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
 
 logger = logging.getLogger("sparseflow")
@@ -92,6 +92,15 @@ def _matches(patterns: Patterns, name: str, module: nn.Module) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
 
 
+def _warn_of_idle_patterns(model: nn.Module, options: Options) -> None:
+    names = list(candidates(model))
+    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for pattern in [patterns] if isinstance(patterns, str) else () if callable(patterns) else patterns or ():
+            if not fnmatch.filter(names, pattern):
+                text = f"{option}={pattern!r} matches no convolution or linear layer of {type(model).__name__}"
+                warnings.warn(f"{text}; their names are {', '.join(names)}", stacklevel=4)
+
+
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the model's forward from what the user passed as an example.
 
@@ -104,27 +113,48 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def lower(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> None:
-    """Plan, swap and measure. Leaves the model as it was if anything fails."""
+    """Plan, swap and measure. Leaves the model as it was, accelerated or plain, if anything fails."""
+    put_back = raise_layers(model)
     try:
         spikes = spike_map(model, args, kwargs)
         drafts = _drafts(model, spikes, options)
+        _warn_of_idle_patterns(model, options)
         _swap_all(model, drafts, options)
         model.__dict__[RECORD] = ModelRecord(
             drafts, spikes.layers, spikes.method, options.backend, spikes.fallback_detail
         )
         _warm_up(model, args, kwargs)
         _announce(model, options)
-    except BaseException:
+    except BaseException as error:
         raise_layers(model)
+        put_back()
+        _note_hooks(model, error)
         raise
 
 
-def raise_layers(model: nn.Module) -> None:
-    """Put every swapped layer below ``model`` back to its own class and forget the plan."""
+def raise_layers(model: nn.Module) -> Callable[[], None]:
+    """Put every swapped layer below ``model`` back to its own class and forget all plans; returns what undoes this."""
     modules = dict(model.named_modules())
-    for name in runtimes(model):
-        unswap(modules[name])
-    model.__dict__.pop(RECORD, None)
+    records = [(module, module.__dict__.pop(RECORD)) for module in modules.values() if RECORD in module.__dict__]
+    swapped = [(modules[name], type(modules[name]), runtime) for name, runtime in runtimes(model).items()]
+    for layer, _, _ in swapped:
+        unswap(layer)
+
+    def put_back() -> None:
+        for layer, cls, runtime in swapped:
+            swap_again(layer, cls, runtime)
+        for module, record in records:
+            module.__dict__[RECORD] = record
+
+    return put_back
+
+
+def _note_hooks(model: nn.Module, error: BaseException) -> None:
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        error.add_note(
+            "sparseflow runs the example without the model's hooks. If one of them changes what goes in, give "
+            "example_input as it is behind that hook, or leave it out to plan at the first call."
+        )
 
 
 def _drafts(model: nn.Module, spikes: SpikeMap, options: Options) -> tuple[LayerPlan, ...]:
@@ -157,8 +187,9 @@ def _decide(name: str, module: nn.Module, site: LayerSite, options: Options) -> 
 
 
 def _swap_all(model: nn.Module, drafts: tuple[LayerPlan, ...], options: Options) -> None:
-    known = options.calibration.crossovers if options.calibration and options.calibration.fits else {}
-    if options.calibration and not known:
+    calibration = options.calibration
+    known = calibration.crossovers if calibration and calibration.fits else {}
+    if calibration and not calibration.fits:
         logger.warning("the calibration was measured on another machine or with other versions; measuring again")
     config = RuntimeConfig(backend=options.backend, mode=options.mode, known=known)
     modules = candidates(model)
@@ -177,8 +208,12 @@ def current_plan(model: nn.Module) -> Plan:
     """The plan of an accelerated model as it stands now."""
     record: ModelRecord = model.__dict__[RECORD]
     live = {name: runtime.describe() for name, runtime in runtimes(model).items()}
-    layers = {draft.name: live.get(draft.name, draft) for draft in record.drafts}
+    layers = {draft.name: live.get(draft.name) or _without_runtime(draft) for draft in record.drafts}
     return Plan(_blocks(layers, record.sites), record.method, record.backend, record.fallback_detail)
+
+
+def _without_runtime(draft: LayerPlan) -> LayerPlan:
+    return dataclasses.replace(draft, reason=Reason.REPLACED) if draft.reason is Reason.NOT_MEASURED else draft
 
 
 def _blocks(layers: dict[str, LayerPlan], sites: tuple[LayerSite, ...]) -> tuple[BlockPlan, ...]:

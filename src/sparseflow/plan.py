@@ -44,6 +44,7 @@ class Reason(enum.StrEnum):
     NOT_MEASURED = "not measured yet; the first call measures it"
     NOT_SPIKE_FED = "input is not a spike tensor"
     NEVER_RUN = "layer did not run on the example input"
+    REPLACED = "the planned layer was replaced or restored; accelerate again"
     EXCLUDED = "excluded by include= or exclude="
     CUSTOM_FORWARD = "the class overrides forward in a way the sparse path cannot follow"
     PARAMETRIZED = "weight is recomputed at every call (parametrization or weight standardisation)"

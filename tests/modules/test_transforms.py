@@ -35,6 +35,7 @@ def assert_same(model, run, **tolerance):
     torch.testing.assert_close(ours, dense, **tolerance)
 
 
+@pytest.mark.filterwarnings("ignore::sparseflow.NothingAcceleratedWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("density", [0.0, 0.5])
 def test_checkpointing_saves_the_same_tensors_when_it_recomputes(monkeypatch, use_reentrant, density):

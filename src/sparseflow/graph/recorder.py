@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,22 +78,23 @@ class Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on neurons, encoders and layers for as long as the context lasts."""
+        """Hooks on neurons, encoders and layers for as long as the context lasts; deaf to other threads' calls."""
         layers = candidates(self._model)
         handles = []
         for name, module in self._model.named_modules():
             if name in layers:
-                handles.append(module.register_forward_pre_hook(self._note_feed(name), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(_own_thread(self._note_feed(name)), with_kwargs=True))
             provenance = emitted(module)
             if provenance is not None:
                 spec = neuron_spec(module)
                 index = spec.output_index if spec is not None else 0
-                handles.append(module.register_forward_hook(self._mark_spikes(Label(provenance, (name,)), index)))
+                mark = self._mark_spikes(Label(provenance, (name,)), index)
+                handles.append(module.register_forward_hook(_own_thread(mark)))
             elif is_unknown_neuron(module):
                 note = f"{name} ({type(module).__name__}, not a registered neuron)"
-                handles.append(module.register_forward_hook(self._name_output(note)))
+                handles.append(module.register_forward_hook(_own_thread(self._name_output(note))))
             elif next(module.children(), None) is None:
-                handles.append(module.register_forward_hook(self._name_output(name)))
+                handles.append(module.register_forward_hook(_own_thread(self._name_output(name))))
         try:
             yield
         finally:
@@ -145,6 +147,17 @@ class LabelMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._recorder.observe(func, args, kwargs, result)
         return result
+
+
+def _own_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """``hook`` for calls from this thread only."""
+    owner = threading.get_ident()
+
+    def guarded(*args: Any) -> None:
+        if threading.get_ident() == owner:
+            hook(*args)
+
+    return guarded
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

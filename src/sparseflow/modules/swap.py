@@ -175,6 +175,12 @@ def _unswapped_class(cls: type) -> type:
     return type(cls.__name__, tuple(map(_unswapped_class, cls.__bases__)), body)
 
 
+def swap_again(layer: nn.Module, cls: type[nn.Module], runtime: LayerRuntime) -> None:
+    """Undo :func:`unswap`: the class and the runtime the layer had before."""
+    setattr(layer, ATTRIBUTE, runtime)
+    layer.__class__ = cls
+
+
 def runtime_of(layer: nn.Module) -> LayerRuntime | None:
     """The runtime of a swapped layer, ``None`` for any other module."""
     return layer.__dict__.get(ATTRIBUTE) if isinstance(layer, _Swapped) else None
