@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import itertools
 import json
+import math
 from typing import Any
 
 SCHEMA = 1
@@ -164,8 +165,13 @@ class Plan:
 
 
 def crossover_from_dict(data: dict[str, Any]) -> Crossover:
-    """Rebuild a :class:`Crossover` from ``dataclasses.asdict`` output."""
-    return Crossover(**{**data, "densities": tuple(data["densities"]), "sparse_ms": tuple(data["sparse_ms"])})
+    """Rebuild a :class:`Crossover` from ``dataclasses.asdict`` output. Raises ``ValueError`` for impossible figures."""
+    found = Crossover(**{**data, "densities": tuple(data["densities"]), "sparse_ms": tuple(data["sparse_ms"])})
+    figures = (found.density, found.dense_ms, found.prescan_ms, found.pack_ms, *found.densities, *found.sparse_ms)
+    possible = all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in figures)
+    if not possible or not found.densities or len(found.densities) != len(found.sparse_ms):
+        raise ValueError(f"the crossover of {found.key} holds figures that nobody measured")
+    return found
 
 
 def _layer_from_dict(data: dict[str, Any]) -> LayerPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import threading
 
@@ -39,7 +41,23 @@ def test_concurrent_writers_lose_nothing(tmp_path):
     assert all(fresh.get(f"{i}.{j}") for i in range(4) for j in range(10))
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"crossovers": 3}', '{"crossovers": {"a": {"key": "a"}}}'])
+def _with(**figures):
+    return json.dumps({"crossovers": {"a": {**dataclasses.asdict(crossover("a")), **figures}}})
+
+
+IMPOSSIBLE = [
+    _with(density="x"),
+    _with(dense_ms=float("nan")),
+    _with(prescan_ms=None),
+    _with(pack_ms=-1.0),
+    _with(densities=[], sparse_ms=[]),
+    _with(densities=[0.1]),
+]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"crossovers": 3}', '{"crossovers": {"a": {"key": "a"}}}', *IMPOSSIBLE]
+)
 def test_a_broken_file_is_measured_again_and_said(tmp_path, content, caplog):
     cache = CrossoverCache(tmp_path)
     cache.path.write_text(content)
@@ -63,8 +81,10 @@ def test_an_unwritable_directory_keeps_crossovers_in_memory(tmp_path, caplog):
     cache = CrossoverCache(blocked)
     with caplog.at_level(logging.WARNING, "sparseflow"):
         cache.put(crossover("a"))
+        cache.put(crossover("b"))
     assert cache.get("a") == crossover("a")
-    assert "in memory only" in caplog.text
+    assert cache.get("b") == crossover("b")
+    assert caplog.text.count("in memory only") == 1
 
 
 def test_calibration_round_trip(tmp_path):
@@ -79,6 +99,7 @@ def test_calibration_files_that_cannot_be_used_are_refused(tmp_path):
         Calibration.load(tmp_path / "absent.json")
     path = tmp_path / "old.json"
     Calibration({}, {}, fingerprint()).save(path)
-    path.write_text(path.read_text().replace('"schema": 1,\n "fingerprint"', '"schema": 99,\n "fingerprint"'))
+    newer = {**json.loads(path.read_text()), "schema": 99, "crossovers": {"a": {"key": "a", "unheard": "of"}}}
+    path.write_text(json.dumps(newer))
     with pytest.raises(sparseflow.CalibrationError, match="schema 99"):
         Calibration.load(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -17,6 +19,14 @@ from ..modules.nets import Fire
 
 def crossover(key, kernel, density):
     return sparseflow.plan.Crossover(key, density, 1.0, 0.01, 0.01, (0.01, 0.5), (0.1, 2.0), kernel.variants()[0])
+
+
+class EventStub:
+    """A kernel as far as a crossover names one."""
+
+    @staticmethod
+    def variants():
+        return ("v",)
 
 
 @pytest.fixture
@@ -68,3 +78,19 @@ def test_what_never_wins_may_win_after_a_new_measurement(measured, monkeypatch):
         layer.last_site.retune(crossover("k", layer.last_site.kernel, density=0.3))
         model(torch.zeros(1, 16, 10))
     assert layer.stats.calls == {sparseflow.Path.DENSE: 2, sparseflow.Path.EVENT: 1}
+
+
+def test_a_pickled_layer_leaves_its_calibration_behind_on_another_machine(measured, monkeypatch):
+    config = runtime.RuntimeConfig(known={"k": crossover("k", EventStub, density=0.3)})
+    plan = sparseflow.LayerPlan("1", "conv1d", "dense", sparseflow.Reason.NOT_MEASURED, sparseflow.Provenance.BINARY)
+    pickled = pickle.dumps(runtime.LayerRuntime(plan, config))
+    assert pickle.loads(pickled).config.known == config.known
+    monkeypatch.setattr(runtime, "fingerprint", lambda: {"cpu": "another"})
+    assert pickle.loads(pickled).config.known == {}
+
+
+def test_the_counts_of_a_copy_are_its_own(measured):
+    layer = runtimes(accelerated(10))["1"]
+    twin = copy.deepcopy(layer)
+    twin.stats.calls[sparseflow.Path.DENSE] += 1
+    assert layer.stats.calls[sparseflow.Path.DENSE] == 0

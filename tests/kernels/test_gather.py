@@ -116,3 +116,12 @@ def test_without_the_native_engine_everything_still_works():
     assert found["layers"] == [["1", "dense", str(Reason.NO_ENGINE)], ["4", "gather", str(Reason.FORCED)]]
     assert found["checked"] == 1
     assert "native engine is not available" in found["refused"]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_weights_are_looked_at_twice(shape):
+    x, weight = torch.ones(3, shape[1]), torch.empty(shape)
+    kernel = select(x, weight, LinearCall(), "torch")
+    packed = kernel.pack(weight, *kernel.variants())
+    assert kernel.matches(weight, packed, kernel.variants()[0], 1)
+    assert kernel.compute(x, kernel.prescan(x), packed, None, kernel.variants()[0]).shape == (3, shape[0])

@@ -27,9 +27,11 @@ def _dump(path: pathlib.Path, crossovers: dict[str, Crossover], extra: dict[str,
     os.replace(scratch, path)  # readers see the old file or the new one, never half of one
 
 
-def _load(path: pathlib.Path) -> tuple[dict[str, Crossover], dict[str, Any]]:
-    payload = json.loads(path.read_text())
-    return {k: crossover_from_dict(c) for k, c in payload.pop("crossovers").items()}, payload
+def _crossovers(payload: dict[str, Any]) -> dict[str, Crossover]:
+    return {k: crossover_from_dict(c) for k, c in payload["crossovers"].items()}
+
+
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class CrossoverCache:
@@ -42,6 +44,7 @@ class CrossoverCache:
     def __init__(self, directory: pathlib.Path | None = None):
         self._directory = directory
         self._known: dict[str, Crossover] | None = None
+        self._writable = True
         self._lock = threading.Lock()
 
     @property
@@ -60,27 +63,30 @@ class CrossoverCache:
 
         with self._lock:
             self._read()[crossover.key] = crossover
+            if not self._writable:
+                return
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with filelock.FileLock(f"{self.path}.lock", timeout=5):
                     merged = {**self._stored(), **self._read()}
                     _dump(self.path, merged, {"fingerprint": fingerprint()})
             except (OSError, filelock.Timeout) as error:
+                self._writable = False
                 logger.warning("crossovers are kept in memory only: %s cannot be written (%s)", self.path, error)
 
     def _read(self) -> dict[str, Crossover]:
         if self._known is None:
             self._known = self._stored()
-            if not self._known and any(self.path.parent.glob("crossovers-*.json")):
+            if not self._known and any(path != self.path for path in self.path.parent.glob("crossovers-*.json")):
                 logger.info("stored crossovers are of another machine or library version; measuring again")
         return self._known
 
     def _stored(self) -> dict[str, Crossover]:
         try:
-            return _load(self.path)[0]
+            return _crossovers(json.loads(self.path.read_text()))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _BROKEN as error:
             logger.warning("%s cannot be read (%s); measuring again", self.path, error)
             return {}
 
@@ -116,14 +122,16 @@ class Calibration:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read :meth:`save` output. Raises :class:`CalibrationError` for an unreadable file or another schema."""
+        file = pathlib.Path(path)
         try:
-            crossovers, extra = _load(pathlib.Path(path))
-            layers = {name: LayerObservation(**o) for name, o in extra["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            payload = json.loads(file.read_text())
+            schema = payload["schema"]
+            if schema == SCHEMA:
+                layers = {name: LayerObservation(**o) for name, o in payload["layers"].items()}
+                return cls(_crossovers(payload), layers, payload["fingerprint"])
+        except _BROKEN as error:
             raise CalibrationError(f"{path} is not a calibration file: {error}") from error
-        if extra.get("schema") != SCHEMA:
-            raise CalibrationError(f"{path} has schema {extra.get('schema')}, this version reads schema {SCHEMA}")
-        return cls(crossovers, layers, extra["fingerprint"])
+        raise CalibrationError(f"{path} has schema {schema}, this version reads schema {SCHEMA}")
 
     @property
     def fits(self) -> bool:

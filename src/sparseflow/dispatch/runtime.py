@@ -20,6 +20,7 @@ from sparseflow.kernels.select import Refusal, select
 from sparseflow.plan import Crossover, LayerPlan, Path, Reason
 
 from .cache import CrossoverCache
+from .fingerprint import fingerprint
 from .measure import measure
 from .packing import PackedWeight
 from .policy import Policy
@@ -116,10 +117,13 @@ class LayerRuntime:
         self.handle = functional.register_runner(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "config": self.config, "stats": copy.copy(self.stats)}
+        state = {"plan": self.plan, "config": self.config, "stats": copy.deepcopy(self.stats)}
+        return {**state, "measured_on": fingerprint()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.plan, self.config, self.stats = state["plan"], state["config"], state["stats"]
+        if state["measured_on"] != fingerprint():  # unpickled on another machine: its times are not ours
+            self.config = dataclasses.replace(self.config, known={})
         self.disabled, self.observers = 0, []
         self._reset_caches()
 
