@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import pickle
 import threading
 import warnings
@@ -185,3 +187,16 @@ def test_an_input_that_hooks_prepare_is_explained():
 def test_a_pattern_that_matches_nothing_is_mentioned(option):
     with pytest.warns(UserWarning, match=rf"{option}='layer9.\*' matches no .* names are 0, 2, 5, 8"):
         sparseflow.accelerate(conv_net().eval(), images(), mode="sparse", **{option: ["2", "layer9.*"]})
+
+
+def test_nothing_is_kept_of_a_model_that_was_accelerated_and_restored():
+    """Python sources of traced graphs, which PyTorch keeps for ever, are not even made."""
+    model = conv_net().eval()
+
+    def objects(rounds):
+        for _ in range(rounds):
+            sparseflow.restore(sparseflow.accelerate(model, images(), mode="sparse"))
+        gc.collect()
+        return sum(issubclass(type(o), (functools.partial, sparseflow.LayerPlan)) for o in gc.get_objects())
+
+    assert objects(2) == objects(20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -161,3 +163,25 @@ def test_two_dtypes_in_turn_are_not_packed_again_and_again():
     for _ in range(50):
         packed.get(weight, kernel, "b", dear, gain_ms=0.5)
     assert kernel.packs == 2
+
+
+def test_threads_that_want_the_weight_in_two_forms(net):
+    """One packed copy serves all threads, and any of them may replace or drop it at any time."""
+    spikes_in, failures = spikes(3, 128), []
+
+    def call(autocast):
+        try:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                expected = nn.functional.linear(spikes_in, net[8].weight, net[8].bias)
+                for _ in range(200):
+                    torch.testing.assert_close(net[8](spikes_in), expected, rtol=0.02, atol=0.02)
+                    sparseflow.refresh(net)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call, args=(index % 2 == 0,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

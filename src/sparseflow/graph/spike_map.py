@@ -89,7 +89,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     recorder = Recorder(model)
     with isolated(model):
         graph = run_traced(model, recorder, args, kwargs)
-    followers = _Followers(graph)
+    followers = _Followers(model, graph)
     return SpikeMap(_sites(model, recorder.feeds, followers), "fx")
 
 
@@ -118,10 +118,10 @@ def _sites(model: nn.Module, feeds: dict[str, Feed], followers: _Followers | Non
 class _Followers:
     """Looks up, in a traced graph, the normalisation and the neuron behind a layer."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self._graph = graph
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self._model = model
         self._nodes: dict[str, fx.Node] = {}
-        for node in graph.graph.nodes:
+        for node in graph.nodes:
             if node.op == "call_module":
                 self._nodes.setdefault(node.target, node)
 
@@ -146,4 +146,4 @@ class _Followers:
         return None
 
     def _module(self, node: fx.Node) -> nn.Module:
-        return self._graph.get_submodule(str(node.target))
+        return self._model.get_submodule(str(node.target))

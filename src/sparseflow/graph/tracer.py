@@ -72,13 +72,13 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     """
     kwargs = kwargs or {}
     with isolated(model):
-        graph = run_traced(model, Recorder(model), args, kwargs)
+        graph = _graph_module(model, run_traced(model, Recorder(model), args, kwargs))
     if not _equal(_two_calls(model, model, args, kwargs), _two_calls(model, graph, args, kwargs)):
         raise TraceError("the graph differs from the model: the forward asks what tracing answers otherwise")
     return graph
 
 
-def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
     """Trace inside an :func:`isolated` context and report every operation to ``recorder``."""
     tracer = ExampleTracer(model, recorder, *copied((args, kwargs)))
     if tracer.is_leaf_module(model, ""):
@@ -88,9 +88,16 @@ def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwar
         with recorder.attached(), tracer.state_methods_as_operations(model), _Operations(tracer):
             graph = tracer.trace(model)
         _check_python_state(tracer, before)
-        return fx.GraphModule(model, graph, type(model).__name__)
     except TraceError:
         raise
+    except Exception as error:
+        raise TraceError(f"{type(error).__name__}: {error}") from error
+    return graph
+
+
+def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    try:
+        return fx.GraphModule(model, graph, type(model).__name__)
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {error}") from error
 
