@@ -10,6 +10,7 @@ import platform
 
 import torch
 
+from sparseflow import kernels
 from sparseflow.kernels.cpu import engine
 from sparseflow.version import __version__
 
@@ -28,14 +29,22 @@ def cpu_model() -> str:
 
 @functools.lru_cache(maxsize=1)
 def fingerprint() -> dict[str, str | int]:
-    """Machine and library versions a crossover is valid for."""
+    """Machine, library versions and kernel sources a crossover is valid for."""
     return {
         "schema": SCHEMA,
         "sparseflow": __version__,
         "torch": torch.__version__,
         "cpu": cpu_model(),
         "isa": engine.isa() if engine.available() else "none",
+        "kernels": _source_digest(),
     }
+
+
+def _source_digest() -> str:
+    """A changed kernel has other crossovers, whatever the version says."""
+    folder = pathlib.Path(kernels.__file__).parent
+    sources = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def digest(record: dict[str, str | int]) -> str:
