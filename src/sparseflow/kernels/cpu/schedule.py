@@ -10,11 +10,13 @@ import torch
 
 from .geometry import DTYPES, WORD, ConvGeometry, Structure, Variant
 
-MAX_TILE = 256
+_TILE, _SLAB_TILE = 112, 400  # output pixels per tile; more where weights stay and pixels pass by
 _MAX_OFFSET = 2**32  # weight rows are addressed by 32-bit byte offsets
 _SHARED_WEIGHT_BYTES = 4 << 20  # weights from which on each thread had better keep to its own part of them
 _SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of them hit L1
-_MIN_SLAB_EVENTS = 24  # events per walk below which the cost of starting a walk outweighs the L1 hits
+# Events per walk below which the cost of starting a walk outweighs the L1 hits; twice as many where all weights of a
+# pass are not much larger than a slab.
+_MIN_SLAB_EVENTS = 24
 _WIDE_DENSITY = 0.04  # below it walks are short, and one wide walk beats two narrow ones
 
 
@@ -22,7 +24,7 @@ def conv_supported(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
     """``None`` if the engine covers the convolution, else one line that says why not."""
     if dtype not in DTYPES:
         return f"{dtype} is not float32, bfloat16, float16 or float64"
-    columns = MAX_TILE * geometry.stride[2] + 2 * geometry.kernel[2] * geometry.dilation[2]
+    columns = min(geometry.out_size[2], _SLAB_TILE) * geometry.stride[2] + 2 * geometry.kernel[2] * geometry.dilation[2]
     rows = (columns + geometry.kernel[2]) * geometry.kernel[0] * geometry.kernel[1] * geometry.group_channels
     if rows * 128 * dtype.itemsize >= _MAX_OFFSET:
         return "the weights of one output block exceed 4 GiB"
@@ -32,7 +34,7 @@ def conv_supported(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
 def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, ...]:
     """Variants worth measuring for a convolution, best guess first."""
     if geometry.depthwise:
-        return (Variant(Structure.DEPTHWISE, 64, 64, 0, 112),)
+        return (Variant(Structure.DEPTHWISE, 64, 64, 0, _TILE),)
     outputs = geometry.out_channels // geometry.groups
     weight_bytes = geometry.out_channels * geometry.group_channels * geometry.taps * dtype.itemsize
     if outputs <= 16 and dtype is not torch.bfloat16:  # bfloat16 rows come in blocks of at least 32 channels
@@ -59,11 +61,12 @@ def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, densit
     if variant.width:
         return variant
     if density < _WIDE_DENSITY:
-        return Variant(variant.structure, variant.block, 128, 0, 112)
+        return Variant(variant.structure, variant.block, 128, 0, _TILE)
     pair_rows = geometry.kernel[2] * min(WORD, geometry.group_channels)
     pair_bytes = pair_rows * variant.block * dtype.itemsize
     slab = max(1, _SLAB_BYTES // pair_bytes)
     pairs = geometry.kernel[0] * geometry.kernel[1] * -(-geometry.group_channels // WORD)
-    if slab < pairs and density * slab * pair_rows >= _MIN_SLAB_EVENTS:
-        return Variant(variant.structure, variant.block, variant.block, slab, 400)
-    return Variant(variant.structure, variant.block, variant.block, 0, 112)
+    least = _MIN_SLAB_EVENTS * (1 if pairs * pair_bytes > 2 * _SLAB_BYTES else 2)
+    if slab < pairs and density * slab * pair_rows >= least:
+        return Variant(variant.structure, variant.block, variant.block, slab, _SLAB_TILE)
+    return Variant(variant.structure, variant.block, variant.block, 0, _TILE)

@@ -14,7 +14,6 @@ namespace sparseflow::SF_NAMESPACE {
 template <class T>
 struct TileLists {
   RowLists<T>* rows;
-  InputRow* inputs;
 
   void place(Arena& arena, const ConvShape& s, int64_t n, bool graded) {
     rows = arena.take<RowLists<T>>(n);
@@ -87,6 +86,7 @@ class Conv {
   struct Thread {
     TileLists<T> lists;
     InputRow* inputs;
+    Span* spans;
     Acc* scratch;
   };
 
@@ -106,6 +106,7 @@ class Conv {
       Thread thread;
       if (!p_.split_outputs) thread.lists.place(arena, s_, list_rows_, graded_);
       thread.inputs = arena.take<InputRow>(s_.kernel_rows);
+      thread.spans = arena.take<Span>(s_.kernel_rows);
       thread.scratch = arena.take<Acc>(tile_rows_ * s_.tile_columns * p_.width);
       if (!measuring) per_thread_[t] = thread;
     }
@@ -161,7 +162,7 @@ class Conv {
         const int64_t row0 = tile / column_tiles_ * tile_rows_, rows = min(tile_rows_, s_.out_rows - row0);
         for (int64_t g = 0; g < p_.groups; g++) {
           for (int64_t i = 0; i < rows; i++) {
-            builder_.build(row0 + i, columns.first, g, thread.inputs, thread.lists.rows[i]);
+            builder_.build(row0 + i, columns.first, g, thread.inputs, thread.spans, thread.lists.rows[i]);
           }
           for (int64_t b = 0, n; b < s_.blocks; b += n) {
             n = blocks_in_pass(b);
@@ -186,7 +187,7 @@ class Conv {
         for (int64_t g = 0; g < p_.groups; g++) {
 #pragma omp for schedule(static)
           for (int64_t i = 0; i < rows; i++) {
-            builder_.build(row0 + i, columns.first, g, thread.inputs, shared_.rows[i]);
+            builder_.build(row0 + i, columns.first, g, thread.inputs, thread.spans, shared_.rows[i]);
           }
 #pragma omp for schedule(static)
           for (int64_t item = 0; item < passes * row_tiles; item++) {

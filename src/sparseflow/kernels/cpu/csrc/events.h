@@ -101,6 +101,14 @@ struct InputRow {
   int64_t x_offset;  // element offset of the row's first pixel, first channel of the group
 };
 
+// The words of an input row that belong to one slab.
+struct Span {
+  const uint64_t* bits;   // first word of the span, or of the pixel if channels are grouped
+  int64_t first, words;   // counted within the group
+  uint32_t offset;        // of the first word's weight rows
+  const void* x;          // the first word's first channel in the row's first pixel
+};
+
 // Finds the input rows that an output row reads and that hold events.
 class InputRowFinder {
  public:
@@ -162,8 +170,9 @@ class ListBuilder {
 
   int64_t count_events(int64_t row) const { return finder_.count_events(row); }
 
-  // Lists of output row `row`, columns from first_column on, input channels of `group`.
-  void build(int64_t row, int64_t first_column, int64_t group, InputRow* inputs, RowLists<T>& out) const {
+  // Lists of output row `row`, columns from first_column on, input channels of `group`. `inputs` and `spans` are
+  // scratch for kernel_rows elements.
+  void build(int64_t row, int64_t first_column, int64_t group, InputRow* inputs, Span* spans, RowLists<T>& out) const {
     const int64_t n = finder_.find(row, group * s_.channels, inputs);
     out.empty = n == 0;
     if (out.empty) {
@@ -171,17 +180,13 @@ class ListBuilder {
       return;
     }
     const int64_t x0 = first_column * p_.stride[2] - p_.padding[2];
+    const bool mostly_silent = finder_.count_events(row) * 4 < n * s_.pixel_words * p_.in_size[2];
     Cursor at{out.entries, out.values};
     for (int64_t slab = 0; slab < s_.slabs; slab++) {
+      const Slab view{spans, find_spans(slab, inputs, n, spans), group, mostly_silent};
       uint32_t* starts = out.starts + slab * s_.starts;
-      for (int64_t phase = 0; phase < p_.dilation[2]; phase++) {
-        for (int64_t j = 0; j < s_.phase_columns; j++) {
-          *starts++ = uint32_t(at.entry - out.entries);
-          const int64_t column = x0 + phase + j * p_.dilation[2];
-          if (column >= 0 && column < p_.in_size[2] && is_read(phase + j * p_.dilation[2])) {
-            append_column(slab, column, j, group, inputs, n, at);
-          }
-        }
+      for (int64_t phase = 0; phase < p_.dilation[2]; phase++, starts += s_.phase_columns) {
+        append_phase(view, x0 + phase, out.entries, starts, at);
       }
       *starts = uint32_t(at.entry - out.entries);
     }
@@ -193,37 +198,79 @@ class ListBuilder {
     typename T::Acc* value;
   };
 
-  // False for columns that a stride larger than the kernel jumps over.
-  bool is_read(int64_t relative) const {
-    return p_.dilation[2] != 1 || p_.stride[2] <= p_.kernel[2] || relative % p_.stride[2] < p_.kernel[2];
-  }
+  struct Slab {
+    const Span* spans;
+    int64_t count, group;
+    bool mostly_silent;  // most words are zero: a branch around them predicts well
+  };
 
-  SF_INLINE_MEMBER void append_column(int64_t slab, int64_t column, int64_t j, int64_t group, const InputRow* inputs,
-                                      int64_t n, Cursor& at) const {
-    const int64_t first = slab * p_.slab, last = first + p_.slab;
+  // The parts of the input rows that belong to a slab.
+  int64_t find_spans(int64_t slab, const InputRow* inputs, int64_t n, Span* spans) const {
+    int64_t found = 0;
     for (const InputRow* in = inputs; in < inputs + n; in++) {
       const int64_t pair = in->kernel_row * s_.words;
-      const int64_t w0 = max(0, first - pair), w1 = min(s_.words, last - pair);
-      const uint32_t base = uint32_t((j * s_.kernel_rows + in->kernel_row) * s_.channels) * row_bytes_;
-      const uint64_t* pixel = in->bits + column * s_.pixel_words;
-      for (int64_t w = w0; w < w1; w++) {
-        const uint64_t bits = p_.groups == 1 ? pixel[w] : group_bits(pixel, group, w);
-        if (at.value != nullptr) append_pixel_values(bits, in->x_offset, column, w, at);
-        at.entry = append_events(bits, base + uint32_t(64 * w) * row_bytes_, row_bytes_, at.entry);
+      const int64_t first = max(0, slab * p_.slab - pair), last = min(s_.words, (slab + 1) * p_.slab - pair);
+      if (first >= last) continue;
+      const int64_t channel_step = p_.x_channels_last ? 1 : s_.in_plane;
+      spans[found++] = {in->bits + (p_.groups == 1 ? first : 0),
+                        first,
+                        last - first,
+                        uint32_t(in->kernel_row * s_.channels + 64 * first) * row_bytes_,
+                        x_ + in->x_offset + 64 * first * channel_step};
+    }
+    return found;
+  }
+
+  // The columns x0, x0 + dilation, ... of one dilation phase.
+  void append_phase(const Slab& slab, int64_t x0, const uint32_t* entries, uint32_t* starts, Cursor& at) const {
+    const int64_t d = p_.dilation[2], n = s_.phase_columns;
+    const int64_t begin = min(n, x0 >= 0 ? 0 : ceil_div(-x0, d));
+    const int64_t end = max(begin, min(n, x0 >= p_.in_size[2] ? 0 : ceil_div(p_.in_size[2] - x0, d)));
+    const bool plain = p_.groups == 1 && at.value == nullptr;
+    for (int64_t j = 0; j < begin; j++) starts[j] = uint32_t(at.entry - entries);
+    for (int64_t j = begin; j < end; j++) {
+      starts[j] = uint32_t(at.entry - entries);
+      if (d == 1 && p_.stride[2] > p_.kernel[2] && j % p_.stride[2] >= p_.kernel[2]) continue;  // jumped over
+      const uint32_t base = uint32_t(j * s_.kernel_rows * s_.channels) * row_bytes_;
+      if (plain) {
+        append_plain(slab, x0 + j * d, base, at);
+      } else {
+        append_any(slab, x0 + j * d, base, at);
+      }
+    }
+    for (int64_t j = end; j < n; j++) starts[j] = uint32_t(at.entry - entries);
+  }
+
+  SF_INLINE_MEMBER void append_plain(const Slab& slab, int64_t column, uint32_t base, Cursor& at) const {
+    uint32_t* entry = at.entry;
+    for (const Span* span = slab.spans; span < slab.spans + slab.count; span++) {
+      const uint64_t* words = span->bits + column * s_.pixel_words;
+      uint32_t offset = base + span->offset;
+      for (int64_t w = 0; w < span->words; w++, offset += 64 * row_bytes_) {
+        if (slab.mostly_silent && words[w] == 0) continue;
+        entry = append_events(words[w], offset, row_bytes_, entry);
+      }
+    }
+    at.entry = entry;
+  }
+
+  void append_any(const Slab& slab, int64_t column, uint32_t base, Cursor& at) const {
+    const int64_t channel_step = p_.x_channels_last ? 1 : s_.in_plane;
+    const int64_t column_step = p_.x_channels_last ? p_.in_channels : 1;
+    for (const Span* span = slab.spans; span < slab.spans + slab.count; span++) {
+      const uint64_t* words = span->bits + column * s_.pixel_words;
+      const auto* x = static_cast<const typename T::Element*>(span->x) + column * column_step;
+      uint32_t offset = base + span->offset;
+      for (int64_t w = 0; w < span->words; w++, offset += 64 * row_bytes_, x += 64 * channel_step) {
+        const uint64_t bits = p_.groups == 1 ? words[w] : group_bits(words, slab.group, span->first + w);
+        if (at.value != nullptr) at.value = append_values<T>(bits, x, channel_step, at.value);
+        at.entry = append_events(bits, offset, row_bytes_, at.entry);
       }
     }
   }
 
   uint64_t group_bits(const uint64_t* pixel, int64_t group, int64_t w) const {
     return read_bits(pixel, group * s_.channels + 64 * w, min(64, s_.channels - 64 * w));
-  }
-
-  void append_pixel_values(uint64_t bits, int64_t x_offset, int64_t column, int64_t w, Cursor& at) const {
-    if (p_.x_channels_last) {
-      at.value = append_values<T>(bits, x_ + x_offset + column * p_.in_channels + 64 * w, 1, at.value);
-    } else {
-      at.value = append_values<T>(bits, x_ + x_offset + column + 64 * w * s_.in_plane, s_.in_plane, at.value);
-    }
   }
 
   const SfConv& p_;
