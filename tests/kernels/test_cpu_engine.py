@@ -94,7 +94,7 @@ def walks(draw):
     return engine.Variant(structure, block, width, draw(st.integers(0, 3)), draw(st.sampled_from([1, 7, 40, 112])))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     case=convolutions(),
     walk=walks(),
@@ -126,7 +126,7 @@ def test_conv_stays_inside_the_error_budget(
         assert excess(y, x, weight, bias, call) <= 1.0, variant.name
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 7, 33]),
     features=st.sampled_from([1, 7, 64, 130, 515]),

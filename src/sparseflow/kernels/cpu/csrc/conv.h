@@ -51,7 +51,7 @@ class Conv {
         output_{static_cast<Element*>(out), p.out_channels, s_.out_plane, p.out_channels_last != 0},
         graded_(graded),
         threads_(threads) {
-    tile_rows_ = even_tile_rows(s_.out_rows, max(1, p_.tile / s_.tile_columns), threads);
+    tile_rows_ = even_tile_rows(max(1, p_.tile / s_.tile_columns));
     column_tiles_ = ceil_div(p_.out_size[2], s_.tile_columns);
     list_rows_ = p_.split_outputs ? min(s_.out_rows, max(tile_rows_, kSharedListEntries / s_.list_capacity))
                                   : tile_rows_;
@@ -118,11 +118,14 @@ class Conv {
     return {first, min(s_.tile_columns, p_.out_size[2] - first)};
   }
 
-  // At most `rows` rows a tile, such that the tiles are alike and every thread has as many, if possible two or more.
-  static int64_t even_tile_rows(int64_t total, int64_t rows, int64_t threads) {
-    if (threads == 1) return rows;
-    const int64_t tiles = max(ceil_div(total, rows), min(total, 2 * threads));
-    return max(1, ceil_div(total, ceil_div(tiles, threads) * threads));
+  // At most `rows` rows a tile, such that the tiles are alike and there is work for every thread, three times over if
+  // possible. Threads that split the output channels need no more tiles than make up for a lack of channels.
+  int64_t even_tile_rows(int64_t rows) const {
+    if (threads_ == 1) return rows;
+    const int64_t passes = p_.split_outputs ? ceil_div(s_.blocks, p_.width / p_.block) : 1;
+    const int64_t tiles = max(ceil_div(s_.out_rows, rows), min(s_.out_rows, ceil_div(3 * threads_, passes)));
+    const int64_t multiple = p_.split_outputs ? 1 : threads_;
+    return max(1, ceil_div(s_.out_rows, ceil_div(tiles, multiple) * multiple));
   }
 
   // Cumulated cost of row tiles: what an output pixel costs even if silent, and what its events cost.
@@ -145,7 +148,8 @@ class Conv {
     int64_t tile = 0;
     while (costs_[tile + 1] * team <= costs_[row_tiles] * thread && tile < row_tiles - 1) tile++;
     const int64_t into = costs_[row_tiles] * thread - costs_[tile] * team;
-    return tile * column_tiles_ + into * column_tiles_ / max(1, (costs_[tile + 1] - costs_[tile]) * team);
+    const int64_t cost = max(1, (costs_[tile + 1] - costs_[tile]) * team);
+    return tile * column_tiles_ + (2 * into * column_tiles_ + cost) / (2 * cost);  // to the nearest
   }
 
   // Every tile is one thread's: it builds the lists and adds up all output channels.
