@@ -3,8 +3,10 @@
     python -m benchmarks.end_to_end [--out benchmarks/results/end_to_end.json] [--no-compile] [--only NAME]
 
 Baselines, all multi-step (every T in one call): ``eager`` as the user wrote it, ``eager channels_last``, ``compiled``
-(``torch.compile`` with inductor freezing: batch norm folded, weights prepacked) in fp32 and bf16. The digits net is
-trained; the ResNet-18 is a stand-in with random weights and batch norm calibrated on its input, labelled as such.
+(``torch.compile`` with inductor freezing: batch norm folded, weights prepacked) in fp32 and bf16. ``sparseflow`` is the
+accelerated eager model, ``sparseflow compiled`` the same under ``torch.compile``. Compiling takes a minute a case and
+is done for the digits net at batch 1. The digits net is trained; the ResNet-18 is a stand-in with random weights
+and batch norm calibrated on its input, labelled as such.
 The gate: every sparse layer inside its float64 error budget, and the share of equal predictions is printed.
 """
 
@@ -43,13 +45,14 @@ class Case:
     activity: str
     build: Callable[[], nn.Module]
     inputs: tuple[Tensor, ...]
+    compiled: bool = True
 
 
 def digits(batch: int) -> Case:
     """The trained digits net on test images."""
     images = load_split()[1].images[: _INPUTS * batch]
     inputs = tuple(encode(part, TIME_STEPS) for part in images.split(batch))
-    return Case(f"digits resnet18 @32, batch {batch}", "trained", load_checkpoint, inputs)
+    return Case(f"digits resnet18 @32, batch {batch}", "trained", load_checkpoint, inputs, compiled=batch == 1)
 
 
 def stand_in_resnet18(batch: int, side: int) -> Case:
@@ -63,6 +66,7 @@ def stand_in_resnet18(batch: int, side: int) -> Case:
         "random weights, batch norm calibrated",
         lambda: _calibrated_resnet18(inputs[0]),
         inputs,
+        compiled=False,
     )
 
 
@@ -127,14 +131,15 @@ def run(case: Case, repeats: int, with_compile: bool) -> dict:
         agreement = float((torch.cat(ours).argmax(1) == torch.cat(dense).argmax(1)).float().mean())
         runs = {name: Call(other, case.inputs, dtype) for name, other, dtype in baselines(case, with_compile)}
         runs["sparseflow"] = Call(net, case.inputs, torch.float32)
+        if with_compile:
+            twin = sparseflow.accelerate(case.build(), case.inputs[0])
+            runs["sparseflow compiled"] = Call(compiled(twin, case.inputs[0]), case.inputs, torch.float32)
         alternate(runs, 3)
         times = {name: quantiles(values) for name, values in alternate(runs, repeats).items()}
     row = {"case": case.name, "activity": case.activity, "T": case.inputs[0].shape[0]}
     row |= {"checked_layers": watch.checked, "worst_error_in_budgets": watch.worst, "agreement": agreement}
-    ours_ms = times["sparseflow"][1]
-    speedups = {name: value[1] / ours_ms for name, value in times.items() if name != "sparseflow"}
     report = sparseflow.report(net).to_dict()
-    return {**row, "ms": times, "speedup_over": speedups, "report": report}
+    return {**row, "ms": times, "report": report}
 
 
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
@@ -146,7 +151,7 @@ def cases() -> Iterator[Case]:
     """Everything that is timed."""
     for batch in (1, 8, 32):
         yield digits(batch)
-    for batch, side in ((1, 64), (8, 64), (1, 160)):
+    for batch, side in ((1, 64), (1, 160)):
         yield stand_in_resnet18(batch, side)
 
 
@@ -164,10 +169,10 @@ def main() -> None:
     rows = []
     for case in cases():
         if options.only in case.name:
-            row = run(case, options.repeats, not options.no_compile)
+            row = run(case, options.repeats, case.compiled and not options.no_compile)
             rows.append(row)
-            speedups = ", ".join(f"{ratio:.2f}x over {name}" for name, ratio in row["speedup_over"].items())
-            print(f"{row['case']:36} {row['ms']['sparseflow'][1]:8.2f} ms  {speedups}", flush=True)
+            medians = ", ".join(f"{name} {ms[1]:.2f}" for name, ms in row["ms"].items())
+            print(f"{row['case']:36} ms: {medians}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"schema": 1, "environment": environment(), "rows": rows}, indent=1))
 

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _COLUMNS = 5
-_LINES = {"sparse": "#0072b2", "dispatched": "#d55e00", "frozen_bf16": "#999999"}
+_LINES = {"sparse": "#0072b2", "dispatched": "#d55e00", "bf16": "#999999"}
 
 
 def panel(axis, name: str, rows: list[dict]) -> None:

@@ -31,6 +31,16 @@ def test_a_dense_layer_looks_again_at_the_measured_interval():
     assert not policy.skip_scan()
     policy.decide(0.9)
     assert [policy.skip_scan() for _ in range(5)] == [True] * 4 + [False]
+    policy.decide(0.9)  # nothing changed: the next look is twice as far away
+    assert [policy.skip_scan() for _ in range(10)] == [True] * 9 + [False]
+    policy.decide(0.1)
+    assert policy.sparse
+    assert not policy.skip_scan()
+    for _ in range(20):
+        policy.decide(0.9)
+        policy._countdown = 0
+    policy.decide(0.9)
+    assert sum(policy.skip_scan() for _ in range(256)) == 255
 
 
 def test_sparse_that_never_wins_is_never_scanned():

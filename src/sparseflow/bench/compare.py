@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -35,14 +36,17 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Wall times in ms of each run, taken in turn so that a drift of the machine hits all alike.
 
+    Every round goes in another order, since a run finds the caches and the allocator as the one before left them.
     ``setup`` runs before each of them, outside the timer.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(repeats):
-        for name, run in runs.items():
+        shuffle(order)
+        for name in order:
             setup()
             start = time.perf_counter_ns()
-            run()
+            runs[name]()
             times[name].append((time.perf_counter_ns() - start) / 1e6)
     return times
 
