@@ -43,7 +43,7 @@ def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, 
         return (Variant(Structure.PIXELS, 32),)
     pixels, shared = Variant(Structure.PIXELS, 32), Variant(Structure.OUTPUTS, 64)
     if weight_bytes > _SHARED_WEIGHT_BYTES:
-        return (shared, Variant(Structure.PIXELS, 64), pixels)
+        return (pixels, shared, Variant(Structure.PIXELS, 64))
     return (pixels, Variant(Structure.PIXELS, 64))
 
 

@@ -81,6 +81,7 @@ class Conv {
   }
 
  private:
+  static constexpr int64_t kMinTilePixels = 96;  // a tile shares every weight it loads among its pixels
   static constexpr int64_t kSharedListEntries = int64_t{1} << 20;
 
   struct Thread {
@@ -123,7 +124,9 @@ class Conv {
   int64_t even_tile_rows(int64_t rows) const {
     if (threads_ == 1) return rows;
     const int64_t passes = p_.split_outputs ? ceil_div(s_.blocks, p_.width / p_.block) : 1;
-    const int64_t tiles = max(ceil_div(s_.out_rows, rows), min(s_.out_rows, ceil_div(3 * threads_, passes)));
+    const int64_t useful = max(threads_, s_.out_rows * s_.tile_columns / kMinTilePixels);
+    const int64_t wanted = min(s_.out_rows, min(useful, ceil_div(3 * threads_, passes)));
+    const int64_t tiles = max(ceil_div(s_.out_rows, rows), wanted);
     const int64_t multiple = p_.split_outputs ? 1 : threads_;
     return max(1, ceil_div(s_.out_rows, ceil_div(tiles, multiple) * multiple));
   }
