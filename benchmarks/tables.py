@@ -15,7 +15,7 @@ import re
 import sys
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_FILES = ("README.md", "docs/benchmarks.md")
+_FILES = ("README.md", "docs/benchmarks.md", "docs/cpu-kernels.md")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
 
@@ -60,6 +60,26 @@ def density_sweep() -> str:
     return _table(head, body)
 
 
+def cpu_kernels() -> str:
+    """The engine alone: speedup over the best dense fp32, warm and cold, and over bf16."""
+    rows = _load("cpu_kernels.json")["rows"]
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    densities = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5)
+    head = ["layer", *(f"{density:.0%}" for density in densities), "cold, 1%", "cold, 10%", "over bf16, 1%"]
+    body = []
+    for layer in layers:
+        mine = {row["density"]: row for row in rows if row["layer"] == layer}
+        cells = [_with_goal(mine[density]) for density in densities]
+        extra = (mine[0.01]["speedup_cold"], mine[0.1]["speedup_cold"], mine[0.01]["speedup_bf16"])
+        body.append([layer, *cells, *(f"{ratio:.1f}x" for ratio in extra)])
+    return _table(head, body)
+
+
+def _with_goal(row: dict) -> str:
+    goal = f" (goal {row['goal']:g})" if row["goal"] else ""
+    return f"{row['speedup']:.1f}x{goal}"
+
+
 def machine() -> str:
     """What the figures were measured on."""
     env = _load("density_sweep.json")["environment"]
@@ -67,7 +87,7 @@ def machine() -> str:
     return _table(["", "value"], [[name, str(env.get(name, ""))] for name in names])
 
 
-TABLES = {"end_to_end": end_to_end, "density_sweep": density_sweep, "machine": machine}
+TABLES = {"cpu_kernels": cpu_kernels, "end_to_end": end_to_end, "density_sweep": density_sweep, "machine": machine}
 
 
 def rendered(text: str) -> str:
