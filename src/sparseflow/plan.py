@@ -35,6 +35,7 @@ class Path(enum.StrEnum):
     DENSE = "dense"
     EVENT = "event"
     GATHER = "gather"
+    TILE = "tile"
 
 
 class Reason(enum.StrEnum):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparseflow.kernels.base import ConvCall, LinearCall
 from sparseflow.kernels.cpu import engine, loader
-from sparseflow.kernels.cpu.geometry import Structure
+from sparseflow.kernels.cpu.records import Structure
 from sparseflow.kernels.reference import excess
 
 pytestmark = pytest.mark.skipif(not engine.available(), reason="no native engine on this machine")

@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparseflow.kernels.geometry import ConvGeometry
+
 from . import loader
-from .geometry import DTYPES, WORD, ConvGeometry, ConvStruct, LinearStruct, ScanStruct, Structure, Variant
+from .records import DTYPES, WORD, ConvStruct, LinearStruct, ScanStruct, Structure, Variant
 from .schedule import conv_supported, conv_variants, linear_variants, resolve
 
 __all__ = [

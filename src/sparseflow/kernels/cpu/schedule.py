@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from .geometry import DTYPES, WORD, ConvGeometry, Structure, Variant
+from sparseflow.kernels.geometry import ConvGeometry
+
+from .records import DTYPES, WORD, Structure, Variant
 
 _TILE, _SLAB_TILE = 112, 400  # output pixels per tile; more where weights stay and pixels pass by
 _MAX_OFFSET = 2**32  # weight rows are addressed by 32-bit byte offsets

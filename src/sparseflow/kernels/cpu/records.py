@@ -1,0 +1,85 @@
+"""Records of the native CPU engine: its parameter structures and the variants of a kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+WORD = 64  # channels whose events share one machine word
+
+
+class ConvStruct(ctypes.Structure):
+    """``SfConv`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "in_channels", "out_channels", "groups")),
+        *((name, ctypes.c_int64 * 3) for name in ("in_size", "kernel", "stride", "padding", "dilation", "out_size")),
+        *((name, ctypes.c_int64) for name in ("block", "width", "slab", "tile")),
+        *((name, ctypes.c_int32) for name in ("type", "x_channels_last", "out_channels_last", "split_outputs")),
+    ]
+
+
+class ScanStruct(ctypes.Structure):
+    """``SfScan`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "pixels", "row_pixels")),
+        *((name, ctypes.c_int32) for name in ("type", "channels_last")),
+    ]
+
+
+class LinearStruct(ctypes.Structure):
+    """``SfLinear`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "out_features", "block", "slab")),
+        ("type", ctypes.c_int32),
+    ]
+
+
+class Structure:
+    """How a kernel is organised; see :class:`Variant`."""
+
+    PIXELS = "pixels"
+    OUTPUTS = "outputs"
+    DEPTHWISE = "depthwise"
+    ROWS = "rows"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to run a layer. ``block`` decides how weights are packed, the rest how they are walked.
+
+    ``structure``: threads share the output ``pixels`` or the ``outputs`` (channels); ``depthwise``; or, for linear
+    layers, whole weight ``rows`` are streamed. ``block``: output channels side by side in a packed row. ``width``:
+    output channels per walk over the events, 0 to choose by density at every call (then ``slab`` and ``tile`` are
+    chosen too). ``slab``: (kernel row, 64-channel word) pairs per walk, 0 for all. ``tile``: output pixels per tile.
+    """
+
+    structure: str
+    block: int
+    width: int = 0
+    slab: int = 0
+    tile: int = 0
+
+    @property
+    def name(self) -> str:
+        """Stable text form; :meth:`from_name` reads it back.
+
+        >>> Variant.from_name("pixels-b32-w0-s0-t0").block
+        32
+        """
+        return f"{self.structure}-b{self.block}-w{self.width}-s{self.slab}-t{self.tile}"
+
+    @classmethod
+    def from_name(cls, name: str) -> Variant:
+        """The variant called ``name``. Raises ``ValueError`` if it is no variant's name."""
+        match = re.fullmatch(r"(depthwise|pixels|outputs|rows)-b(\d+)-w(\d+)-s(\d+)-t(\d+)", name)
+        if match is None:
+            raise ValueError(f"not a kernel variant: {name!r}")
+        block, width, slab, tile = (int(number) for number in match.groups()[1:])
+        return cls(match.group(1), block, width, slab, tile)
