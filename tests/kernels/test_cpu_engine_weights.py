@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from sparseflow.kernels import geometry
 from sparseflow.kernels.cpu import build, engine, loader, schedule
 
 needs_engine = pytest.mark.skipif(not engine.available(), reason="no native engine on this machine")

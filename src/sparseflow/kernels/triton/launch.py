@@ -1,0 +1,99 @@
+"""The one way a Triton kernel is launched, and how launches are recorded to be compiled without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Argument = Tensor | int | float | None
+
+_records: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("records", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: a jit function, its grid, its run-time arguments and its compile-time constants."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Argument]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Launch on the device of the arguments; nothing is launched for an empty grid."""
+        if 0 in self.grid:
+            return
+        with _device_of(self.arguments):
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.constants,
+                num_warps=self.warps,
+                num_stages=self.stages,
+                enable_fp_fusion=True,  # pinned, since its default differs between versions of Triton
+            )
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, constants: dict[str, Any], **arguments: Argument
+) -> None:
+    """Run ``kernel``, or add it to the list that :func:`recording` gave."""
+    record = Launch(kernel, grid, arguments, constants, warps, stages)
+    records = _records.get()
+    if records is None:
+        record.run()
+    else:
+        records.append(record)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; with tensors on ``meta``, of any size and without a GPU.
+
+    >>> with recording() as launches:
+    ...     pass
+    >>> launches
+    []
+    """
+    records: list[Launch] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether launches are being collected."""
+    return _records.get() is not None
+
+
+def interpreting() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` was set when the kernels were loaded: then they run on CPU tensors."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched (or recorded) for tensors on ``device``."""
+    if device.type == "meta":
+        return is_recording()
+    return device.type == ("cpu" if interpreting() else "cuda")
+
+
+def _device_of(arguments: dict[str, Argument]) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    tensor = next(argument for argument in arguments.values() if isinstance(argument, Tensor))
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
