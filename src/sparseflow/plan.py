@@ -61,10 +61,12 @@ class Reason(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
-    """Measured times of one layer shape, and the density above which dense is faster.
+    """Measured times of one layer shape, and the load above which dense is faster.
 
-    Times are milliseconds; ``densities`` and ``sparse_ms`` are parallel; prescan time is part of ``sparse_ms``.
-    ``quiet`` is false where other work on the machine disturbed every run of some measured point.
+    ``axis`` says what the load is, and so what ``density`` (the crossover) and ``densities`` (the measured points) are
+    shares of: ``"density"`` (nonzero / numel of the input) or ``"occupancy"`` (blocks with a spike / blocks, as the
+    kernel counts them). Times are milliseconds; ``densities`` and ``sparse_ms`` are parallel; prescan time is part of
+    ``sparse_ms``. ``quiet`` is false where other work on the machine disturbed every run of some measured point.
     """
 
     key: str
@@ -76,9 +78,10 @@ class Crossover:
     sparse_ms: tuple[float, ...]
     variant: str
     quiet: bool = True
+    axis: str = "density"
 
     def sparse_ms_at(self, density: float) -> float:
-        """Sparse time at ``density``, by linear interpolation between the measured points."""
+        """Sparse time at this load, by linear interpolation between the measured points."""
         points = list(zip(self.densities, self.sparse_ms, strict=True))
         if density <= points[0][0]:
             return points[0][1]

@@ -23,7 +23,7 @@ from .test_functional import SEEDS, randn, spikes
 
 def run(kernel, x, weight, bias):
     variant = kernel.variants()[0]
-    return kernel.compute(x, kernel.prescan(x), kernel.pack(weight, variant), bias, variant)
+    return kernel.compute(x, kernel.prescan(x, variant), kernel.pack(weight, variant), bias, variant)
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,7 +58,7 @@ def test_pointwise_convolution_keeps_the_dense_layout(stride, form):
 
 def test_scan_counts_rows():
     x = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 3.0]])
-    scan = select(x, torch.randn(2, 3), LinearCall(), "torch").prescan(x)
+    scan = select(x, torch.randn(2, 3), LinearCall(), "torch").prescan(x, "embedding_bag")
     assert (scan.nonzero, scan.numel, scan.occupied, scan.words) == (3, 9, 2, 3)
 
 
@@ -122,6 +122,7 @@ def test_without_the_native_engine_everything_still_works():
 def test_empty_weights_are_looked_at_twice(shape):
     x, weight = torch.ones(3, shape[1]), torch.empty(shape)
     kernel = select(x, weight, LinearCall(), "torch")
-    packed = kernel.pack(weight, *kernel.variants())
-    assert kernel.matches(weight, packed, kernel.variants()[0], 1)
-    assert kernel.compute(x, kernel.prescan(x), packed, None, kernel.variants()[0]).shape == (3, shape[0])
+    (variant,) = kernel.variants()
+    packed = kernel.pack(weight, variant)
+    assert kernel.matches(weight, packed, variant, 1)
+    assert kernel.compute(x, kernel.prescan(x, variant), packed, None, variant).shape == (3, shape[0])

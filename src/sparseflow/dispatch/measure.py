@@ -72,7 +72,7 @@ class Bench:
 
     def sparse(self, x: Tensor, packed: Tensor, variant: str) -> None:
         """One two-stage run, prescan included."""
-        self.kernel.compute(x, self.kernel.prescan(x), packed, self.bias, variant)
+        self.kernel.compute(x, self.kernel.prescan(x, variant), packed, self.bias, variant)
 
     def best_variant(self, budget_ms: float) -> tuple[str, Tensor, float]:
         """The fastest variant at a typical density, its packed weight and what packing it took in ms."""
@@ -93,7 +93,7 @@ class Bench:
         sample = inputs[DENSITIES[1]]
         runs: dict[object, Callable[[], object]] = {
             "dense": functools.partial(self.dense, sample),
-            "prescan": functools.partial(self.kernel.prescan, sample),
+            "prescan": functools.partial(self.kernel.prescan, sample, variant),
         }
         limit_ms = _HOPELESS * min(_time_ms(runs["dense"]) for _ in range(_WARM_UP))
         for density, x in inputs.items():
@@ -176,4 +176,5 @@ def measure(
         sparse_ms=sparse_ms,
         variant=variant,
         quiet=times.quiet,
+        axis=kernel.axis,
     )

@@ -40,9 +40,9 @@ class CalibrationObserver:
         site = runtime.last_site
         if site is None or site.policy is None or isinstance(site.kernel, Refusal):
             return
-        scan = site.kernel.prescan(x)
-        self.stats.add(scan)
         known = site.policy.crossover
+        scan = site.kernel.prescan(x, known.variant)
+        self.stats.add(scan)
         if known.key not in self.crossovers and scan.numel and known.dense_ms:
             bench = Bench(site.kernel, x, weight, bias, call)
             self.crossovers[known.key] = refine(known, bench, x, scan.nonzero / scan.numel)

@@ -167,7 +167,7 @@ class LayerRuntime:
         kernel, policy = site.kernel, site.policy
         if isinstance(kernel, Refusal) or policy is None or policy.skip_scan():
             return Path.DENSE, None
-        scan = kernel.prescan(x)
+        scan = kernel.prescan(x, policy.crossover.variant)
         self.stats.add(scan)
         density = scan.nonzero / scan.numel if scan.numel else 0.0
         if not policy.decide(density):

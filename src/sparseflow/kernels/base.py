@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -54,22 +54,34 @@ class LinearCall:
 Call = ConvCall | LinearCall
 
 
+DENSITY, OCCUPANCY = "density", "occupancy"
+
+
+class Counts(NamedTuple):
+    """What a prescan counted: nonzero elements, and blocks (of the kernel's own kind) with at least one of them."""
+
+    nonzero: int
+    numel: int
+    occupied: int
+    words: int
+
+    def load(self, axis: str) -> float:
+        """The share, in 0..1, that the time of a kernel with this ``axis`` follows; 0 for an empty input.
+
+        >>> counts = Counts(nonzero=3, numel=12, occupied=2, words=4)
+        >>> counts.load("density"), counts.load("occupancy")
+        (0.25, 0.5)
+        """
+        part, whole = (self.nonzero, self.numel) if axis == DENSITY else (self.occupied, self.words)
+        return part / whole if whole else 0.0
+
+
 class Scan(Protocol):
     """What a prescan returns; a kernel adds the buffers its second stage reads."""
 
     @property
-    def nonzero(self) -> int:
-        """Number of nonzero elements."""
-        ...
-
-    @property
     def numel(self) -> int:
         """Number of elements."""
-        ...
-
-    @property
-    def occupied(self) -> int:
-        """Blocks with at least one nonzero element."""
         ...
 
     @property
@@ -78,29 +90,74 @@ class Scan(Protocol):
         ...
 
 
+@runtime_checkable
+class HostScan(Scan, Protocol):
+    """A prescan whose counts are on the host when it returns."""
+
+    @property
+    def nonzero(self) -> int:
+        """Number of nonzero elements."""
+        ...
+
+    @property
+    def occupied(self) -> int:
+        """Blocks with at least one nonzero element."""
+        ...
+
+
+class DeferredScan(Scan, Protocol):
+    """A prescan whose counts are on the device, where they may not be final yet."""
+
+    def totals(self) -> Tensor:
+        """``(nonzero, occupied)``: int64 ``[2]`` on the device of the input."""
+        ...
+
+
+def counts(scan: Any) -> Counts:
+    """The counts of a :class:`HostScan`, or of a :class:`DeferredScan` after waiting for the device.
+
+    Diagnostics and first-use measurement may wait; a forward call must not.
+    """
+    nonzero, occupied = (scan.nonzero, scan.occupied) if isinstance(scan, HostScan) else scan.totals().tolist()
+    return Counts(nonzero, scan.numel, occupied, scan.words)
+
+
 class Kernel(Protocol):
-    """A two-stage implementation bound to one call signature (shapes, strides, dtype)."""
+    """A two-stage implementation bound to one call signature (shapes, strides, dtype).
+
+    ``axis`` is what its time follows, and crossovers are stated in: ``"density"`` (nonzero / numel) or ``"occupancy"``
+    (occupied / words). ``deferred`` is true where the counts of a prescan stay on the device and nobody waits for them.
+    """
 
     path: Path
     dtype: torch.dtype
+    axis: str
+    deferred: bool
 
     def variants(self) -> tuple[str, ...]:
         """Names of the configurations worth measuring, best guess first."""
         ...
 
-    def pack(self, weight: Tensor, variant: str) -> Tensor:
-        """The weight (of the kernel's dtype) in the layout ``variant`` reads; at most the dense bytes plus padding."""
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Any:
+        """The weight (of the kernel's dtype) in the layout ``variant`` reads: a tensor or a named tuple of tensors.
+
+        Depends on the kernel's class, ``variant`` and the weight alone. With ``inspect=False`` nobody looks at the values
+        and so waits for the device; the layout may then be a slower one.
+        """
         ...
 
-    def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
-        """Compare a sample of ``weight`` (of the kernel's dtype) with ``packed``; ``offset`` moves the positions."""
+    def matches(self, weight: Tensor, packed: Any, variant: str, offset: int) -> bool:
+        """Compare a sample of ``weight`` (of the kernel's dtype) with ``packed``; ``offset`` moves the positions.
+
+        Never called for a deferred kernel.
+        """
         ...
 
-    def prescan(self, x: Tensor) -> Any:
-        """Stage 1: find the nonzero blocks of ``x``; returns a :class:`Scan`."""
+    def prescan(self, x: Tensor, variant: str) -> Any:
+        """Stage 1: find the nonzero blocks of ``x``; a :class:`HostScan`, or a :class:`DeferredScan` if deferred."""
         ...
 
-    def compute(self, x: Tensor, scan: Any, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+    def compute(self, x: Tensor, scan: Any, packed: Any, bias: Tensor | None, variant: str) -> Tensor:
         """Stage 2: compute on what the prescan found."""
         ...
 
@@ -113,9 +170,9 @@ class Layout:
     out_stride: tuple[int, ...]
     channels_last: bool
 
-    def empty(self, dtype: torch.dtype) -> Tensor:
+    def empty(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """An uninitialised output."""
-        return torch.empty_strided(self.out_shape, self.out_stride, dtype=dtype)
+        return torch.empty_strided(self.out_shape, self.out_stride, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseflow.plan import Path, Reason
 
-from .base import Call, ConvCall, Layout, conv_layout
+from .base import DENSITY, Call, ConvCall, Layout, conv_layout
 from .cpu import engine
 from .select import Refusal
 
@@ -46,6 +46,8 @@ class EventConv:
     """Convolution on the native engine: bits, event lists, weight rows added into registers."""
 
     path = Path.EVENT
+    axis = DENSITY
+    deferred = False
 
     def __init__(self, geometry: engine.ConvGeometry, layout: Layout, dtype: torch.dtype):
         self.geometry, self.layout, self.dtype = geometry, layout, dtype
@@ -53,13 +55,13 @@ class EventConv:
     def variants(self) -> tuple[str, ...]:
         return tuple(v.name for v in engine.conv_variants(self.geometry, self.dtype))
 
-    def pack(self, weight: Tensor, variant: str) -> Tensor:
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
         return engine.pack_conv_weight(weight, self.geometry.groups, _variant(variant))
 
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
         return engine.weights_match(weight, packed, self.geometry.groups, _variant(variant), offset)
 
-    def prescan(self, x: Tensor) -> engine.Prescan:
+    def prescan(self, x: Tensor, variant: str) -> engine.Prescan:  # noqa: ARG002
         return engine.prescan_conv(x, self.geometry)
 
     def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
@@ -79,6 +81,8 @@ class EventLinear:
     """Linear layer on the native engine: only the weight rows of active inputs are read."""
 
     path = Path.EVENT
+    axis = DENSITY
+    deferred = False
 
     def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
         self.rows, self.in_features, self.out_features, self.dtype = rows, in_features, out_features, dtype
@@ -87,13 +91,13 @@ class EventLinear:
         found = engine.linear_variants(self.rows, self.in_features, self.out_features, self.dtype)
         return tuple(v.name for v in found)
 
-    def pack(self, weight: Tensor, variant: str) -> Tensor:
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
         return engine.pack_linear_weight(weight, _variant(variant))
 
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
         return engine.weights_match(weight, packed, 1, _variant(variant), offset)
 
-    def prescan(self, x: Tensor) -> engine.Prescan:
+    def prescan(self, x: Tensor, variant: str) -> engine.Prescan:  # noqa: ARG002
         return engine.prescan_linear(x.reshape(self.rows, self.in_features))
 
     def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:

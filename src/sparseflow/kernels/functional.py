@@ -161,7 +161,7 @@ def _run_stateless(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
         raise ValueError(f"no sparse kernel covers this call: {kernel.reason}. {kernel.detail}")
     variant = kernel.variants()[0]
     packed = kernel.pack(weight.detach().to(x.dtype), variant)
-    return kernel.compute(x, kernel.prescan(x), packed, bias, variant)
+    return kernel.compute(x, kernel.prescan(x, variant), packed, bias, variant)
 
 
 @torch.library.custom_op("sparseflow::conv", mutates_args=())

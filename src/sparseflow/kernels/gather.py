@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseflow.plan import Path, Reason
 
-from .base import Call, ConvCall, Layout, LinearCall, conv_layout
+from .base import DENSITY, Call, ConvCall, Layout, LinearCall, conv_layout
 from .select import Refusal
 
 _DTYPES = (torch.float32, torch.float64)
@@ -73,6 +73,8 @@ class GatherLinear:
     """Linear layer as a sum of embedding rows, one row an active input."""
 
     path = Path.GATHER
+    axis = DENSITY
+    deferred = False
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -80,7 +82,7 @@ class GatherLinear:
     def variants(self) -> tuple[str, ...]:
         return (_VARIANT,)
 
-    def pack(self, weight: Tensor, variant: str) -> Tensor:  # noqa: ARG002
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
         return weight.detach().flatten(1).t().contiguous()
 
     def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:  # noqa: ARG002
@@ -92,7 +94,7 @@ class GatherLinear:
         column = offset % max(1, flat.shape[1])
         return torch.equal(flat[rows, column], packed[rows, column])
 
-    def prescan(self, x: Tensor) -> GatherScan:
+    def prescan(self, x: Tensor, variant: str) -> GatherScan:  # noqa: ARG002
         return _scan(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
     def compute(self, x: Tensor, scan: GatherScan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:  # noqa: ARG002
@@ -106,7 +108,7 @@ class GatherPointwise(GatherLinear):
         super().__init__(dtype)
         self.layout, self.call = layout, call
 
-    def prescan(self, x: Tensor) -> GatherScan:
+    def prescan(self, x: Tensor, variant: str) -> GatherScan:  # noqa: ARG002
         strided = x[(..., *(slice(None, None, s) for s in self.call.stride))]
         return _scan(strided.movedim(1, -1).reshape(-1, x.shape[1]))
 
