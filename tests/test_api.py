@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -99,7 +102,6 @@ def test_mode_dense_swaps_nothing():
     [
         ({"mode": "fast"}, ValueError, "mode must be one of"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
-        ({"backend": "triton"}, sparseflow.BackendUnavailableError, "Use backend='auto'"),
         ({"include": 3}, TypeError, "include must be"),
         ({"exclude": [1]}, TypeError, "exclude must be"),
         ({"calibration": "/nonexistent.json"}, sparseflow.CalibrationError, "not a calibration file"),
@@ -113,6 +115,34 @@ def test_bad_options_name_the_problem_and_leave_the_model(options, error, text):
     assert runtimes(model) == {}
     with pytest.raises(TypeError):
         sparseflow.analyze(model, images(), colour="red")
+
+
+BACKENDS_THAT_CANNOT_RUN = {
+    "not installed": ("sys.modules['triton'] = None", "triton cannot be imported"),
+    "on the CPU": ("", "set TRITON_INTERPRET=1"),
+}
+
+
+@pytest.mark.parametrize("case", BACKENDS_THAT_CANNOT_RUN)
+def test_triton_that_cannot_run_says_why(case):
+    """In a process of its own: this one interprets the kernels."""
+    prepare, expected = BACKENDS_THAT_CANNOT_RUN[case]
+    script = f"""
+import sys, torch, sparseflow
+{prepare}
+model = torch.nn.Linear(4, 4)
+try:
+    sparseflow.accelerate(model, torch.zeros(1, 4), backend="triton")
+except sparseflow.BackendUnavailableError as error:
+    print(error)
+assert type(model) is torch.nn.Linear
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = [sys.executable, "-c", script]
+    said = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("backend='triton': ")
+    assert expected in said
+    assert "backend='auto'" in said
 
 
 def test_not_a_module():

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .config import MeasureBudget
@@ -20,7 +19,7 @@ from .errors import BackendUnavailableError, NothingAcceleratedWarning, Unsuppor
 from .graph import LayerSite, SpikeMap, candidates, refuse, spike_map
 from .graph.isolation import copied, isolated
 from .kernels.cpu import engine
-from .kernels.select import BACKENDS
+from .kernels.select import BACKENDS, why_not_triton
 from .modules.swap import runtimes, swap, swap_again, unswap
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
 
@@ -62,19 +61,24 @@ class ModelRecord:
 
 
 def check_backend(backend: str) -> None:
-    """Raise for a backend that is unknown or cannot run here; ``"auto"`` always can."""
-    if backend == "triton":
-        cuda = "CUDA is not available to this PyTorch" if not torch.cuda.is_available() else "it needs a CUDA model"
-        raise BackendUnavailableError(
-            f"backend='triton': this version has no Triton kernels yet, and {cuda}. Use backend='auto' or 'cpu'."
-        )
+    """Raise for a backend that is unknown or cannot run in this process; ``"auto"`` always can."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {(*BACKENDS, 'triton')}, got {backend!r}")
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "cpu" and not engine.available():
         raise BackendUnavailableError(
             f"backend='cpu': the native engine is not available ({engine.reason()}). Install a C++ compiler and "
             "reinstall, or use backend='torch'."
         )
+
+
+def _check_device(model: nn.Module, backend: str) -> None:
+    """Raise where the parameters of ``model`` are on a device that the named backend cannot use."""
+    if backend != "triton":
+        return
+    for device in {parameter.device for parameter in model.parameters()}:
+        reason = why_not_triton(device)
+        if reason:
+            raise BackendUnavailableError(f"backend='triton': {reason}. Or use backend='auto'.")
 
 
 def _check_patterns(option: str, patterns: Patterns) -> None:
@@ -114,6 +118,7 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def lower(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> None:
     """Plan, swap and measure. Leaves the model as it was, accelerated or plain, if anything fails."""
+    _check_device(model, options.backend)
     put_back = raise_layers(model)
     try:
         spikes = spike_map(model, args, kwargs)

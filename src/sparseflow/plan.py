@@ -54,7 +54,7 @@ class Reason(enum.StrEnum):
     TRANSPOSED = "transposed convolution is not supported by the sparse path"
     DTYPE = "dtype is not supported by the sparse path"
     DEVICE = "device has no sparse backend"
-    NO_ENGINE = "no native engine and the fallback does not cover this layer"
+    NO_ENGINE = "no sparse kernel of the backend covers this layer"
     FORCED = "mode='sparse' asked for it"
     MODE = "mode='dense' asked for it"
 

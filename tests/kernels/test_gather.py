@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseflow.kernels import functional
-from sparseflow.kernels.base import LinearCall
+from sparseflow.kernels.base import LinearCall, Refusal
 from sparseflow.kernels.reference import excess
-from sparseflow.kernels.select import Refusal, select
+from sparseflow.kernels.select import select
 from sparseflow.plan import Path, Reason
 
 from .test_functional import SEEDS, randn, spikes

@@ -9,8 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.base import Call
-from sparseflow.kernels.select import Refusal
+from sparseflow.kernels.base import Call, Refusal
 from sparseflow.plan import Crossover, Path
 
 from .cache import LayerObservation

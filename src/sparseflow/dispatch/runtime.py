@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparseflow.config import MeasureBudget
 from sparseflow.kernels import functional
-from sparseflow.kernels.base import Call, ConvCall, Kernel
-from sparseflow.kernels.select import Refusal, select
+from sparseflow.kernels.base import Call, ConvCall, Kernel, Refusal
+from sparseflow.kernels.select import select
 from sparseflow.plan import Crossover, LayerPlan, Path, Reason
 
 from .cache import CrossoverCache

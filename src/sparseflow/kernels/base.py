@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseflow.plan import Path
+from sparseflow.plan import Path, Reason
 
 _DENSE_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -141,8 +141,8 @@ class Kernel(Protocol):
     def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Any:
         """The weight (of the kernel's dtype) in the layout ``variant`` reads: a tensor or a named tuple of tensors.
 
-        Depends on the kernel's class, ``variant`` and the weight alone. With ``inspect=False`` nobody looks at the values
-        and so waits for the device; the layout may then be a slower one.
+        Depends on the kernel's class, ``variant`` and the weight alone. With ``inspect=False`` values are not looked
+        at, which would wait for the device; the layout may then be a slower one.
         """
         ...
 
@@ -160,6 +160,14 @@ class Kernel(Protocol):
     def compute(self, x: Tensor, scan: Any, packed: Any, bias: Tensor | None, variant: str) -> Tensor:
         """Stage 2: compute on what the prescan found."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why no sparse kernel covers a call."""
+
+    reason: Reason
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sparseflow.plan import Path, Reason
 
-from .base import DENSITY, Call, ConvCall, Layout, conv_layout
+from .base import DENSITY, Call, ConvCall, Layout, Refusal, conv_layout
 from .cpu import engine
-from .select import Refusal
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .base import Call, ConvCall, LinearCall
-from .select import Refusal, select
+from .base import Call, ConvCall, LinearCall, Refusal
+from .select import select
 
 
 class Runner(Protocol):

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from sparseflow.plan import Path, Reason
 
-from .base import DENSITY, Call, ConvCall, Layout, LinearCall, conv_layout
-from .select import Refusal
+from .base import DENSITY, Call, ConvCall, Layout, LinearCall, Refusal, conv_layout
 
 _DTYPES = (torch.float32, torch.float64)
 _SAMPLES = 32

@@ -1,57 +1,84 @@
-"""Which sparse kernel covers a call. A new kernel is its own file plus one entry in ``_KERNELS``."""
+"""Which sparse kernels cover a call. A new backend is its own files plus one entry in ``_BINDERS``."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sparseflow.plan import Reason
 
-from .base import Call, Kernel
+from .base import Call, Kernel, Refusal
+
+Candidates = tuple[Kernel, ...] | Refusal
+Binder = Callable[[Tensor, Tensor, Call], Candidates]
 
 
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Why no sparse kernel covers a call."""
-
-    reason: Reason
-    detail: str
-
-
-Binder = Callable[[Tensor, Tensor, Call], "Kernel | Refusal"]
-
-
-def _bind_event(x: Tensor, weight: Tensor, call: Call) -> Kernel | Refusal:
+def _bind_event(x: Tensor, weight: Tensor, call: Call) -> Candidates:
     from . import event
 
-    return event.bind(x, weight, call)
+    bound = event.bind(x, weight, call)
+    return bound if isinstance(bound, Refusal) else (bound,)
 
 
-def _bind_gather(x: Tensor, weight: Tensor, call: Call) -> Kernel | Refusal:
+def _bind_gather(x: Tensor, weight: Tensor, call: Call) -> Candidates:
     from . import gather
 
-    return gather.bind(x, weight, call)
+    bound = gather.bind(x, weight, call)
+    return bound if isinstance(bound, Refusal) else (bound,)
 
 
-_KERNELS: dict[str, tuple[Binder, ...]] = {
-    "auto": (_bind_event, _bind_gather),
-    "cpu": (_bind_event,),
-    "torch": (_bind_gather,),
-}
-BACKENDS = tuple(_KERNELS)
+def _bind_triton(x: Tensor, weight: Tensor, call: Call) -> Candidates:
+    unavailable = why_not_triton(x.device)
+    if unavailable:
+        return Refusal(Reason.DEVICE, unavailable)
+    from .triton import backend
+
+    return backend.bind_all(x, weight, call)
 
 
-def select(x: Tensor, weight: Tensor, call: Call, backend: str) -> Kernel | Refusal:
-    """The first kernel of ``backend`` that covers the call, else the refusal of the preferred one.
+_BINDERS: dict[str, Binder] = {"cpu": _bind_event, "torch": _bind_gather, "triton": _bind_triton}
+_AUTO = {"cuda": ("triton",)}
+_AUTO_ELSEWHERE = ("cpu", "torch")
+BACKENDS = ("auto", *_BINDERS)
 
-    Binding looks at shapes, strides and dtype only, never at values.
+
+def candidates(x: Tensor, weight: Tensor, call: Call, backend: str) -> Candidates:
+    """The kernels that cover the call, best guess first, else the refusal of the preferred backend.
+
+    ``"auto"`` means the Triton kernels for CUDA tensors, and for others the native engine or else its fallback.
+    Binding looks at shapes, strides, dtype and device only, never at values.
     """
+    names = _AUTO.get(x.device.type, _AUTO_ELSEWHERE) if backend == "auto" else (backend,)
     refusals = []
-    for bind in _KERNELS[backend]:
-        bound = bind(x, weight, call)
+    for name in names:
+        bound = _BINDERS[name](x, weight, call)
         if not isinstance(bound, Refusal):
             return bound
         refusals.append(bound)
     return refusals[0]
+
+
+def select(x: Tensor, weight: Tensor, call: Call, backend: str) -> Kernel | Refusal:
+    """The first of :func:`candidates`."""
+    found = candidates(x, weight, call, backend)
+    return found if isinstance(found, Refusal) else found[0]
+
+
+def why_not_triton(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on tensors of ``device``; empty if they can."""
+    try:
+        from .triton import launch
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if launch.runs_on(device):
+        return ""
+    if launch.interpreting():
+        return f"TRITON_INTERPRET=1 is set, which runs the kernels on CPU tensors, and these are on {device}"
+    if device.type == "cpu":
+        return (
+            "the kernels need a GPU and the tensors are on the CPU; set TRITON_INTERPRET=1 before triton is first "
+            "imported to run them in its interpreter, which is slow"
+        )
+    return f"the kernels run on CUDA tensors, and these are on {device}"
