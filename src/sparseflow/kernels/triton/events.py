@@ -1,0 +1,402 @@
+"""Event-driven kernels: a weight row is read and added for every event that an output sees, and for nothing else.
+
+Output-stationary. A program owns a block of output pixels and a block of output channels. The lists that stage 1 made
+of the pixels under its taps are walked as if they were one list per output pixel, a few events of every pixel at a
+time, so that a program takes as long as its busiest pixel. Sums are in float32 registers in a fixed order; every output
+is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseflow.kernels.base import DENSITY, Layout
+from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.plan import Path
+
+from .launch import launch
+from .rows import RowScan, axes, chunk_channels, chunks_of, pixel_stride, scan_rows
+from .weights import padded_outputs
+
+_PAIRS = 64  # (pixel, event) pairs that a program takes at once
+_SEARCH = 8192  # (pixel, event, segment) triples that it compares to find where an event comes from
+_PROGRAMS = 1024  # several for each of the 132 multiprocessors of a large GPU
+_SPLITS = 16
+_SPLIT_CHANNELS = 256
+_SUM_BLOCK = 64
+_WARPS = 4
+_STAGES = 3
+
+
+@triton.jit
+def _input_pixel(
+    tap,
+    z,
+    y,
+    x,
+    IN_D,
+    IN_H,
+    IN_W,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    DILATION_D: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+):
+    """Pixel that ``tap`` of a window starting at (z, y, x) meets, and whether that lies inside the image."""
+    z += tap // (KERNEL_H * KERNEL_W) * DILATION_D
+    y += tap // KERNEL_W % KERNEL_H * DILATION_H
+    x += tap % KERNEL_W * DILATION_W
+    inside = (z >= 0) & (z < IN_D) & (y >= 0) & (y < IN_H) & (x >= 0) & (x < IN_W)
+    return (z * IN_H + y) * IN_W + x, inside
+
+
+@triton.jit
+def _add_rows(
+    counts_ptr,
+    channels_ptr,
+    values_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    y_split,
+    y_n,
+    y_c,
+    y_p,
+    IN_D,
+    IN_H,
+    IN_W,
+    OUT_H,
+    OUT_W,
+    PAD_D,
+    PAD_H,
+    PAD_W,
+    pixels,
+    channels,
+    outputs,
+    padded,
+    GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KERNEL_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_D: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    EVENTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(outputs, OUTPUTS)
+    output = pid % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
+    pid = pid // blocks
+    group = pid % GROUPS
+    split = pid // GROUPS % SPLITS
+    pid = pid // (GROUPS * SPLITS)
+    patches = tl.cdiv(pixels, PIXELS)
+    pixel = pid % patches * PIXELS + tl.arange(0, PIXELS)
+    image = (pid // patches).to(tl.int64)
+
+    z = pixel // (OUT_H * OUT_W) * STRIDE_D - PAD_D
+    y = pixel // OUT_W % OUT_H * STRIDE_H - PAD_H
+    x = pixel % OUT_W * STRIDE_W - PAD_W
+    in_pixels = IN_D * IN_H * IN_W
+    lists = (image * GROUPS + group) * CHUNKS * in_pixels
+
+    # A segment is one list an output pixel has to walk: a tap and a chunk of its channels.
+    segment = tl.arange(0, SEGMENTS)[None, :]
+    source, inside = _input_pixel(
+        segment // CHUNKS, z[:, None], y[:, None], x[:, None], IN_D, IN_H, IN_W,
+        KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+    )  # fmt: skip
+    inside = inside & (segment < TAPS * CHUNKS) & (pixel < pixels)[:, None]
+    counts = tl.load(counts_ptr + lists + segment % CHUNKS * in_pixels + source, mask=inside, other=0)
+    ends = tl.cumsum(counts, axis=1)
+    total = tl.sum(counts, axis=1)
+    first = total * split // SPLITS
+    last = total * (split + 1) // SPLITS
+
+    acc = tl.zeros((PIXELS * EVENTS, OUTPUTS), tl.float32)
+    for start in tl.range(0, tl.max(last - first, axis=0), EVENTS, num_stages=STAGES):
+        event = first[:, None] + start + tl.arange(0, EVENTS)[None, :]
+        known = event < last[:, None]
+        passed = ends[:, None, :] <= event[:, :, None]
+        at = tl.sum(passed.to(tl.int32), axis=2)
+        place = event - tl.sum(tl.where(passed, counts[:, None, :], 0), axis=2)
+        tap = at // CHUNKS
+        chunk = at % CHUNKS
+        source, _ = _input_pixel(
+            tap, z[:, None], y[:, None], x[:, None], IN_D, IN_H, IN_W,
+            KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+        )  # fmt: skip
+        entry = (lists + chunk * in_pixels + source) * CHUNK + place
+        channel = chunk * CHUNK + tl.load(channels_ptr + entry, mask=known, other=0).to(tl.int32)
+        value = tl.load(values_ptr + entry, mask=known, other=0.0).to(tl.float32)
+        row = tl.reshape((group * TAPS + tap) * channels + channel, (PIXELS * EVENTS,)).to(tl.int64) * padded
+        read = tl.reshape(known, (PIXELS * EVENTS,))[:, None] & (output < padded)[None, :]
+        weight = tl.load(weight_ptr + row[:, None] + output[None, :], mask=read, other=0.0)
+        acc += weight.to(tl.float32) * tl.reshape(value, (PIXELS * EVENTS,))[:, None]
+
+    result = tl.sum(tl.reshape(acc, (PIXELS, EVENTS, OUTPUTS)), axis=1)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + group * outputs + output, mask=output < outputs, other=0.0)
+        result += bias.to(tl.float32)[None, :]
+    corner = y_ptr + split.to(tl.int64) * y_split + image * y_n + (group * outputs).to(tl.int64) * y_c
+    where = corner + pixel.to(tl.int64)[:, None] * y_p + output.to(tl.int64)[None, :] * y_c
+    tl.store(where, result.to(y_ptr.dtype.element_ty), mask=(pixel < pixels)[:, None] & (output < outputs)[None, :])
+
+
+@triton.jit
+def _add_splits(partial_ptr, bias_ptr, y_ptr, numel, outputs, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, SPLITS).to(tl.int64)
+    partial = tl.load(partial_ptr + split[:, None] * numel + at[None, :], mask=(at < numel)[None, :], other=0.0)
+    result = tl.sum(partial, axis=0)
+    if bias_ptr is not None:
+        result += tl.load(bias_ptr + at % outputs, mask=at < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, result.to(y_ptr.dtype.element_ty), mask=at < numel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How a program walks: its output pixels and channels, events of a pixel at once, programs that share an output.
+
+    >>> Walk.from_name("p1e64o64s16")
+    Walk(pixels=1, events=64, outputs=64, splits=16)
+    """
+
+    pixels: int
+    events: int
+    outputs: int
+    splits: int = 1
+
+    @property
+    def name(self) -> str:
+        """Short name, which :meth:`from_name` reads back."""
+        return f"p{self.pixels}e{self.events}o{self.outputs}s{self.splits}"
+
+    @classmethod
+    @functools.cache
+    def from_name(cls, name: str) -> Walk:
+        """The walk called ``name``. Raises ``ValueError`` for a name of another form."""
+        found = re.fullmatch(r"p(\d+)e(\d+)o(\d+)s(\d+)", name)
+        if found is None:
+            raise ValueError(f"{name!r} is not a walk such as 'p16e4o64s1'")
+        return cls(*map(int, found.groups()))
+
+
+class EventConv:
+    """Convolution by the events under every output's window; any values, groups and number of dimensions."""
+
+    path = Path.EVENT
+    axis = DENSITY
+    deferred = True
+
+    def __init__(self, geometry: ConvGeometry, layout: Layout, dtype: torch.dtype):
+        self.geometry, self.layout, self.dtype = geometry, layout, dtype
+
+    @functools.cached_property
+    def _variants(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(walk.name for walk in conv_walks(self.geometry)))
+
+    def variants(self) -> tuple[str, ...]:
+        return self._variants
+
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
+        return pack_rows(weight.detach().to(self.dtype), self.geometry.groups)
+
+    def prescan(self, x: Tensor, variant: str) -> RowScan:  # noqa: ARG002
+        return scan_rows(x, self.geometry)
+
+    def compute(self, x: Tensor, scan: RowScan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+        y = self.layout.empty(self.dtype, x.device)
+        at = _Strides(y.stride(0), y.stride(1), pixel_stride(y))
+        _launch_add_rows(scan, packed, _as(bias, self.dtype), y, at, self.geometry, Walk.from_name(variant))
+        return y
+
+
+class EventLinear:
+    """Linear layer for few rows: the weights of inactive inputs are not read.
+
+    It is the convolution of images of one pixel. Where its rows and output blocks are too few programs to keep the
+    memory busy, the events of a row are shared out evenly among several, whose sums a second launch adds up in order.
+    """
+
+    path = Path.EVENT
+    axis = DENSITY
+    deferred = True
+
+    def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
+        self.geometry = ConvGeometry.from_call((rows, in_features, 1), (out_features, in_features, 1), (1,), (0,), (1,), 1)
+        self.dtype = dtype
+
+    @functools.cached_property
+    def _variants(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(walk.name for walk in linear_walks(self.geometry)))
+
+    def variants(self) -> tuple[str, ...]:
+        return self._variants
+
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
+        return pack_rows(weight.detach().to(self.dtype), 1)
+
+    def prescan(self, x: Tensor, variant: str) -> RowScan:  # noqa: ARG002
+        return scan_rows(x.reshape(self.geometry.batch, self.geometry.in_channels, 1), self.geometry)
+
+    def compute(self, x: Tensor, scan: RowScan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+        rows, outputs, walk = self.geometry.batch, self.geometry.out_channels, Walk.from_name(variant)
+        y = torch.empty((*x.shape[:-1], outputs), dtype=self.dtype, device=x.device)
+        bias = _as(bias, self.dtype)
+        at = _Strides(outputs, 1, 1, split=rows * outputs)
+        if walk.splits == 1:
+            _launch_add_rows(scan, packed, bias, y, at, self.geometry, walk)
+            return y
+        partial = torch.empty((walk.splits, rows * outputs), dtype=torch.float32, device=x.device)
+        _launch_add_rows(scan, packed, None, partial, at, self.geometry, walk)
+        _launch_add_splits(partial, bias, y)
+        return y
+
+
+def conv_walks(geometry: ConvGeometry) -> tuple[Walk, ...]:
+    """The walks worth measuring for a convolution, best guess first.
+
+    Many pixels a program cost little where most of them see no event; few pixels wait less for each other.
+    """
+    largest = triton.next_power_of_2(geometry.out_pixels)
+    pairs = max(1, min(_PAIRS, _SEARCH // _segments(geometry)))
+    outputs = _output_block(geometry, 64)
+    pixels = (min(p, pairs, largest) for p in (16, 32, 8))
+    return tuple(Walk(p, pairs // p, outputs) for p in pixels)
+
+
+def linear_walks(geometry: ConvGeometry) -> tuple[Walk, ...]:
+    """The walks worth measuring for a linear layer: shared out, shared out with long rows, and alone."""
+    events = max(1, _SEARCH // _segments(geometry))
+    narrow, wide = _output_block(geometry, 64), _output_block(geometry, 128)
+    return (
+        Walk(1, min(64, events), narrow, _splits(geometry, narrow)),
+        Walk(1, min(32, events), wide, _splits(geometry, wide)),
+        Walk(1, min(128, events), _output_block(geometry, 32)),
+    )
+
+
+def pack_rows(weight: Tensor, groups: int) -> Tensor:
+    """``weight`` ``[O, C / groups, *kernel]`` as ``[groups, taps, C / groups, padded O / groups]``.
+
+    What one event adds to the outputs of its group is then one row, which starts on a multiple of 32 bytes.
+    """
+    outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:])
+    packed = weight.new_zeros(groups, taps, channels, padded_outputs(outputs))
+    packed[..., :outputs] = weight.reshape(groups, outputs, channels, taps).permute(0, 3, 2, 1)
+    return packed
+
+
+class _Strides(NamedTuple):
+    """Distances in an output of its images, channels, pixels and splits."""
+
+    image: int
+    channel: int
+    pixel: int
+    split: int = 0
+
+
+def _launch_add_rows(
+    scan: RowScan, packed: Tensor, bias: Tensor | None, y: Tensor, at: _Strides, g: ConvGeometry, walk: Walk
+) -> None:
+    outputs = g.out_channels // g.groups
+    blocks = g.batch * -(-g.out_pixels // walk.pixels) * g.groups * walk.splits * -(-outputs // walk.outputs)
+    launch(
+        _add_rows,
+        (blocks,),
+        warps=_WARPS,
+        stages=_STAGES,
+        constants={
+            "GROUPS": g.groups,
+            "CHUNKS": chunks_of(g),
+            "CHUNK": chunk_channels(g),
+            **axes("KERNEL", g.kernel),
+            **axes("STRIDE", g.stride),
+            **axes("DILATION", g.dilation),
+            "SEGMENTS": _segments(g),
+            "PIXELS": walk.pixels,
+            "EVENTS": walk.events,
+            "OUTPUTS": walk.outputs,
+            "SPLITS": walk.splits,
+            "STAGES": _STAGES,
+        },
+        counts_ptr=scan.counts,
+        channels_ptr=scan.channels,
+        values_ptr=scan.values,
+        weight_ptr=packed,
+        bias_ptr=bias,
+        y_ptr=y,
+        y_split=at.split,
+        y_n=at.image,
+        y_c=at.channel,
+        y_p=at.pixel,
+        **axes("IN", g.in_size),
+        OUT_H=g.out_size[1],
+        OUT_W=g.out_size[2],
+        **axes("PAD", g.padding),
+        pixels=g.out_pixels,
+        channels=g.group_channels,
+        outputs=outputs,
+        padded=padded_outputs(outputs),
+    )
+
+
+def _launch_add_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    splits, numel = partial.shape
+    launch(
+        _add_splits,
+        (-(-numel // _SUM_BLOCK),),
+        warps=_WARPS,
+        stages=1,
+        constants={"SPLITS": splits, "BLOCK": _SUM_BLOCK},
+        partial_ptr=partial,
+        bias_ptr=bias,
+        y_ptr=y,
+        numel=numel,
+        outputs=y.shape[-1],
+    )
+
+
+def _segments(geometry: ConvGeometry) -> int:
+    """Lists that an output has to walk, rounded up to a power of two."""
+    return triton.next_power_of_2(geometry.taps * chunks_of(geometry))
+
+
+def _output_block(geometry: ConvGeometry, largest: int) -> int:
+    """Output channels of a program: a power of two, no more than there are."""
+    return min(largest, triton.next_power_of_2(padded_outputs(geometry.out_channels // geometry.groups)))
+
+
+def _splits(geometry: ConvGeometry, outputs: int) -> int:
+    """Programs that share a row: enough of them to fill a large GPU, none with next to nothing to do."""
+    programs = max(1, geometry.batch * -(-geometry.out_channels // outputs))
+    useful = geometry.in_channels // _SPLIT_CHANNELS
+    wanted = min(_SPLITS, _PROGRAMS // programs, useful)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
+def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias as the kernels read it."""
+    return None if bias is None else bias.detach().to(dtype).contiguous()
