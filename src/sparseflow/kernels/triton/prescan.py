@@ -1,0 +1,277 @@
+# pyright: basic, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+"""Stage 1 of the tile kernels: which channels of which tiles hold a spike, as counts, bits and lists on the device.
+
+One launch, one program a tile. In *channel* mode the active channels of the tile's halo are also gathered, so that the
+second stage reads them side by side; in *group* mode whole groups of channels are kept where one of them is active,
+and read from the input itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .tiles import Tiling, by_axis
+
+_BYTES = 65536  # of one block of the scan: 64 registers a thread with 8 warps
+_MAX_HALO = 4096
+_WORD = 32
+
+
+@triton.jit
+def tile_origin(tile, TILES_D, TILES_H, TILES_W, GROUPS: tl.constexpr):
+    """Group, image and position in the grid of tiles of tile number ``tile``."""
+    group = tile % GROUPS
+    tile = tile // GROUPS
+    x = tile % TILES_W
+    tile = tile // TILES_W
+    y = tile % TILES_H
+    tile = tile // TILES_H
+    return group, tile // TILES_D, tile % TILES_D, y, x
+
+
+@triton.jit
+def is_inside(z, y, x, D, H, W):
+    """Which of the positions lie in an image of size ``(D, H, W)``."""
+    return (z >= 0) & (z < D) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+
+
+@triton.jit
+def pixel_offset(z, y, x, s_d, s_h, s_w, WIDE: tl.constexpr):
+    """Offsets of positions inside one image, in 64 bits where ``WIDE``."""
+    if WIDE:
+        z = z.to(tl.int64)
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+    return z * s_d + y * s_h + x * s_w
+
+
+@triton.jit
+def _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST: tl.constexpr):
+    """``[pixels, channels]`` of an image, read along the dimension that is contiguous in memory."""
+    if CHANNELS_LAST:
+        where = image + pixel[:, None] + (channel.to(pixel.dtype) * x_c)[None, :]
+        return tl.load(where, mask=inside[:, None] & known[None, :], other=0.0)
+    where = image + (channel.to(pixel.dtype) * x_c)[:, None] + pixel[None, :]
+    return tl.trans(tl.load(where, mask=known[:, None] & inside[None, :], other=0.0))
+
+
+@triton.jit
+def _prescan_tiles(
+    x_ptr,
+    counts_ptr,
+    bits_ptr,
+    list_ptr,
+    gathered_ptr,
+    x_n,
+    x_c,
+    x_d,
+    x_h,
+    x_w,
+    IN_D,
+    IN_H,
+    IN_W,
+    PAD_D,
+    PAD_H,
+    PAD_W,
+    TILES_D,
+    TILES_H,
+    TILES_W,
+    channels,
+    capacity,
+    tiles,
+    TILE_D: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    HALO_D: tl.constexpr,
+    HALO_H: tl.constexpr,
+    HALO_W: tl.constexpr,
+    STEP_D: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    PITCH_D: tl.constexpr,
+    PITCH_H: tl.constexpr,
+    PITCH_W: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHERED: tl.constexpr,
+    UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    group, n, tz, ty, tx = tile_origin(tile, TILES_D, TILES_H, TILES_W, GROUPS)
+    row = tl.arange(0, ROWS)
+    hz = row // (HALO_H * HALO_W)
+    hy = (row // HALO_W) % HALO_H
+    hx = row % HALO_W
+    iz = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
+    iy = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
+    ix = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
+    inside = is_inside(iz, iy, ix, IN_D, IN_H, IN_W) & (hz < HALO_D)
+    # Halos overlap; a pixel is counted by the first tile that has it.
+    owned_z = (hz < TILE_D * PITCH_D) | (tz == TILES_D - 1)
+    owned_y = (hy < TILE_H * PITCH_H) | (ty == TILES_H - 1)
+    owned_x = (hx < TILE_W * PITCH_W) | (tx == TILES_W - 1)
+    owned = owned_z & owned_y & owned_x
+    pixel = pixel_offset(iz, iy, ix, x_d, x_h, x_w, WIDE)
+    image = x_ptr + n.to(tl.int64) * x_n + (group * channels).to(tl.int64) * x_c
+    list_of_tile = list_ptr + tile.to(tl.int64) * (capacity // UNIT)
+
+    active = 0
+    nonzero = 0
+    exact = 1
+    for block in range(tl.cdiv(channels, BLOCK)):
+        channel = block * BLOCK + tl.arange(0, BLOCK)
+        known = channel < channels
+        x = _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST)
+        hit = (x.to(tl.float32) != 0).to(tl.int32)
+        nonzero += tl.sum(tl.sum(hit * owned.to(tl.int32)[:, None], axis=1), axis=0)
+        if x_ptr.dtype.element_ty == tl.float32:
+            same = (x == x.to(tl.float16).to(tl.float32)) & (x == x.to(tl.bfloat16).to(tl.float32))
+            exact = tl.minimum(exact, tl.min(tl.min(same.to(tl.int32), axis=1), axis=0))
+        unit_hit = tl.max(tl.reshape(tl.max(hit, axis=0), (BLOCK // UNIT, UNIT)), axis=1)
+        unit = block * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
+        position = active + tl.cumsum(unit_hit, axis=0) - 1
+        tl.store(list_of_tile + position, unit, mask=unit_hit != 0)
+        active += tl.sum(unit_hit, axis=0)
+        shifted = unit_hit.to(tl.uint32) << (tl.arange(0, BLOCK // UNIT) % 32).to(tl.uint32)
+        word = tl.sum(tl.reshape(shifted, (WORDS, BLOCK // UNIT // WORDS)), axis=1)
+        first = tile.to(tl.int64) * (tl.cdiv(channels, BLOCK) * WORDS) + block * WORDS
+        tl.store(bits_ptr + first + tl.arange(0, WORDS), word.to(tl.int32, bitcast=True))
+    tl.store(counts_ptr + tile, active)
+    tl.store(counts_ptr + tiles + tile, nonzero)
+    tl.store(counts_ptr + 2 * tiles + tile, exact)
+
+    if GATHERED:
+        k = tl.arange(0, PADDED)
+        # The second stage reads whole blocks of PADDED channels: what is missing is channel 0, with zeros.
+        tl.store(list_of_tile + active + k, 0, mask=active + k < tl.cdiv(active, PADDED) * PADDED)
+        tl.debug_barrier()  # what other threads of this program have put into the list is read from here on
+        tile_rows = gathered_ptr + tile.to(tl.int64) * (HALO_D * HALO_H * HALO_W) * capacity + row[:, None] * capacity
+        for start in range(0, active, PADDED):
+            known = start + k < active
+            channel = tl.load(list_of_tile + start + k, mask=known, other=0)
+            x = _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST)
+            x = x.to(gathered_ptr.dtype.element_ty)
+            tl.store(tile_rows + start + k[None, :], x, mask=(row < HALO_D * HALO_H * HALO_W)[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class TileScan:
+    """What stage 1 found, all on the device of the input; nothing here waits for it.
+
+    Attributes:
+        numel: elements of the input that were read.
+        words: (tile, unit) pairs; a unit is a channel, or a group of them.
+        counts: int32 ``[3, tiles]``: active units, nonzero elements, and whether all values fit 8 significant bits.
+        bits: int32 ``[tiles, words a tile]``: one bit a unit, 32 (or all of a block) a word.
+        lists: int32 ``[tiles, units]``: the active units in ascending order.
+        gathered: ``[tiles, halo pixels, channels]`` of which the first columns hold the active channels, or ``None``.
+    """
+
+    numel: int
+    words: int
+    counts: Tensor
+    bits: Tensor
+    lists: Tensor
+    gathered: Tensor | None
+
+    def totals(self) -> Tensor:
+        """int64 ``[2]``: nonzero elements, and active (tile, unit) pairs."""
+        return self.counts[:2].sum(1, dtype=torch.int64).flip(0)
+
+
+def fits(tiling: Tiling) -> bool:
+    """Whether one program can hold the halo of a tile."""
+    return tiling.halo_pixels <= _MAX_HALO
+
+
+def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> TileScan:
+    """Scan ``x [N, C, *size]`` (any strides) tile by tile.
+
+    Args:
+        x: the input, with one to three spatial dimensions.
+        tiling: tiles of the convolution's output.
+        block_k: channels that the second stage takes at once; in group mode (``gather=False``) the size of a group.
+        gather: copy the active channels of every tile side by side (channel mode).
+    """
+    g = tiling.geometry
+    unit = 1 if gather else block_k
+    rows = triton.next_power_of_2(tiling.halo_pixels)
+    block = _channel_block(rows * x.element_size(), g.group_channels, block_k)
+    capacity = -(-g.group_channels // block_k) * block_k
+    units = block // unit
+    words = -(-units // _WORD)
+    counts = torch.empty((3, tiling.count), dtype=torch.int32, device=x.device)
+    bits = torch.empty((tiling.count, -(-g.group_channels // block) * words), dtype=torch.int32, device=x.device)
+    lists = torch.empty((tiling.count, capacity // unit), dtype=torch.int32, device=x.device)
+    gathered = None
+    if gather:
+        dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
+        gathered = torch.empty((tiling.count, tiling.halo_pixels, capacity), dtype=dtype, device=x.device)
+    constants = {name: value for name, value in tiling.constants().items() if not name.startswith(("KERNEL", "REACH"))}
+    launch(
+        _prescan_tiles,
+        (tiling.count,),
+        warps=8 if rows * block > 8192 else 4,
+        stages=2,
+        constants={
+            **constants,
+            "ROWS": rows,
+            "BLOCK": block,
+            "GATHERED": gather,
+            "UNIT": unit,
+            "PADDED": block_k,
+            "WORDS": words,
+            "CHANNELS_LAST": x.stride(1) == 1,
+            "WIDE": is_wide(x),
+        },
+        x_ptr=x,
+        counts_ptr=counts,
+        bits_ptr=bits,
+        list_ptr=lists,
+        gathered_ptr=gathered,
+        **strides(x, "x"),
+        **sizes(tiling),
+        channels=g.group_channels,
+        capacity=capacity,
+        tiles=tiling.count,
+    )
+    occupiable = tiling.count * -(-g.group_channels // unit)
+    return TileScan(tiling.covered, occupiable, counts, bits, lists, gathered)
+
+
+def _channel_block(bytes_a_channel: int, channels: int, block_k: int) -> int:
+    """Channels scanned at once: a power of two, at least a group, and no more than a program can hold."""
+    most = max(block_k, _BYTES // bytes_a_channel)
+    return max(block_k, min(triton.next_power_of_2(channels), most))
+
+
+def strides(t: Tensor, name: str) -> dict[str, int]:
+    """Strides of ``t [N, C, *size]`` as kernel arguments, missing spatial dimensions with stride 0."""
+    n, c, *spatial = t.stride()
+    d, h, w = *[0] * (3 - len(spatial)), *spatial
+    return {f"{name}_n": n, f"{name}_c": c, f"{name}_d": d, f"{name}_h": h, f"{name}_w": w}
+
+
+def sizes(tiling: Tiling) -> dict[str, int]:
+    """Input size, padding and grid of tiles as kernel arguments."""
+    g = tiling.geometry
+    return by_axis({"IN": g.in_size, "PAD": g.padding, "TILES": tiling.grid})
+
+
+def is_wide(t: Tensor) -> bool:
+    """Whether offsets inside one image of ``t`` need 64 bits."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31

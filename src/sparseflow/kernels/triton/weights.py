@@ -1,0 +1,91 @@
+"""Weights in the layout the tile kernels read, in parts that add up to float32 where the layer is float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # output channels, so that every row of a weight starts on 32 bytes
+_TOP_EXPONENT = 15  # float16 holds magnitudes below 2 ** 16
+_ULP = 2.0**-23  # of float32, relative
+
+
+class Packed(NamedTuple):
+    """A packed weight.
+
+    Attributes:
+        parts: ``[parts, groups, taps, channels of a group, padded outputs of a group]``; their sum, times ``scale``, is
+            the weight. One part of the layer's own dtype, or two of float16, or three of bfloat16.
+        scale: float32 ``[groups, padded outputs of a group]``, powers of two; ``None`` where it would be 1.
+    """
+
+    parts: Tensor
+    scale: Tensor | None
+
+
+def padded_outputs(outputs: int) -> int:
+    """Output channels of a group in a packed weight.
+
+    >>> padded_outputs(10)
+    16
+    """
+    return -(-outputs // _ALIGNMENT) * _ALIGNMENT
+
+
+def pack(weight: Tensor, groups: int, *, tf32: bool, inspect: bool) -> Packed:
+    """Pack ``weight [O, C / groups, *kernel]``.
+
+    Spikes are exact in every dtype, so the product of a spike and a float32 weight is the sum of its products with the
+    parts of that weight. Two float16 parts, after scaling every output channel to the top of the float16 range, hold
+    all but the last bit of a float32; three bfloat16 parts hold all of it, whatever its exponent.
+
+    Args:
+        weight: float16, bfloat16 or float32.
+        groups: groups of the convolution.
+        tf32: the user lets PyTorch's own float32 layers round to TF32: one float16 part then rounds no worse.
+        inspect: look at the values, which waits for the device, and take two parts where they suffice. Otherwise three.
+    """
+    rows = _rows(weight.detach(), groups)
+    if weight.dtype != torch.float32:
+        return Packed(rows[None], None)
+    scaled, scale = _scaled(rows)
+    high = scaled.half()
+    if tf32:
+        return Packed(high[None], scale)
+    low = (scaled - high.float()).half()
+    if inspect and bool(_within_range(scaled, high.float() + low.float())):
+        return Packed(torch.stack((high, low)), scale)
+    return Packed(_bfloat16_parts(rows), None)
+
+
+def _rows(weight: Tensor, groups: int) -> Tensor:
+    """``[groups, taps, channels, padded outputs]``."""
+    outputs = weight.shape[0] // groups
+    rows = weight.reshape(groups, outputs, weight.shape[1], -1).permute(0, 3, 2, 1)
+    return torch.nn.functional.pad(rows, (0, padded_outputs(outputs) - outputs)).contiguous()
+
+
+def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows with every output channel's largest magnitude just below 2 ** 15, and what undoes it."""
+    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent
+    scaled = torch.ldexp(rows, _TOP_EXPONENT - exponent)
+    return scaled, torch.ldexp(torch.ones_like(rows[:, 0, 0]), exponent[:, 0, 0] - _TOP_EXPONENT)
+
+
+def _within_range(scaled: Tensor, parts: Tensor) -> Tensor:
+    """Whether the parts are as good as float32 for every input channel, so also where no other channel is active.
+
+    Small weights lose bits below the float16 range. That shows only in a channel all of whose weights are small.
+    """
+    lost = (parts - scaled).square().sum((1, 3))
+    return (lost <= _ULP**2 * scaled.square().sum((1, 3))).all()
+
+
+def _bfloat16_parts(rows: Tensor) -> Tensor:
+    parts, rest = [], rows
+    for _ in range(3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return torch.stack(parts)
