@@ -179,7 +179,9 @@ def _tile_gemm(
         rx = (tap % KERNEL_W) * REACH_W
         if GATHERED:
             channel = tl.load(list_of_tile + block * BLOCK_K + k)
-            a = tl.load(tile_rows + ((rz * HALO_H + ry) * HALO_W + rx) * capacity + block * BLOCK_K)
+            # Neighbouring taps share most of their pixels, so these loads go through the L1 cache.
+            shift = ((rz * HALO_H + ry) * HALO_W + rx) * capacity
+            a = tl.load(tile_rows + shift + block * BLOCK_K, cache_modifier=".ca")
         else:
             channel = tl.load(list_of_tile + block) * BLOCK_K + k
             pz = iz + rz * STEP_D

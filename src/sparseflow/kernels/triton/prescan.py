@@ -139,8 +139,10 @@ def _prescan_tiles(
         hit = (x.to(tl.float32) != 0).to(tl.int32)
         nonzero += tl.sum(tl.sum(hit * owned.to(tl.int32)[:, None], axis=1), axis=0)
         if x_ptr.dtype.element_ty == tl.float32:
-            same = (x == x.to(tl.float16).to(tl.float32)) & (x == x.to(tl.bfloat16).to(tl.float32))
-            exact = tl.minimum(exact, tl.min(tl.min(same.to(tl.int32), axis=1), axis=0))
+            # An infinity fits, but its products with parts of different sign do not add up.
+            fits = (x == x.to(tl.float16).to(tl.float32)) & (x == x.to(tl.bfloat16).to(tl.float32))
+            finite = tl.abs(x) < float("inf")
+            exact = tl.minimum(exact, tl.min(tl.min((fits & finite).to(tl.int32), axis=1), axis=0))
         unit_hit = tl.max(tl.reshape(tl.max(hit, axis=0), (BLOCK // UNIT, UNIT)), axis=1)
         unit = block * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
         position = active + tl.cumsum(unit_hit, axis=0) - 1
