@@ -24,12 +24,15 @@ from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.plan import Path
 
 from .launch import launch
-from .rows import RowScan, axes, chunk_channels, chunks_of, pixel_stride, scan_rows
+from .prescan import is_inside, is_wide
+from .rows import RowScan, as_bias, chunk_channels, chunks_of, offset, pixel_stride, scan_rows
+from .tiles import by_axis
 from .weights import padded_outputs
 
 _PAIRS = 64  # (pixel, event) pairs that a program takes at once
-_SEARCH = 8192  # (pixel, event, segment) triples that it compares to find where an event comes from
-_PROGRAMS = 1024  # several for each of the 132 multiprocessors of a large GPU
+_COUNTS = 1024  # (pixel, segment) pairs whose counts it holds
+_COMPARED = 8192  # (pixel, event, segment) triples it compares to find where an event comes from
+_PROGRAMS = 512  # four for each of the 132 multiprocessors of a large GPU
 _SPLITS = 16
 _SPLIT_CHANNELS = 256
 _SUM_BLOCK = 64
@@ -56,8 +59,15 @@ def _input_pixel(
     z += tap // (KERNEL_H * KERNEL_W) * DILATION_D
     y += tap // KERNEL_W % KERNEL_H * DILATION_H
     x += tap % KERNEL_W * DILATION_W
-    inside = (z >= 0) & (z < IN_D) & (y >= 0) & (y < IN_H) & (x >= 0) & (x < IN_W)
-    return (z * IN_H + y) * IN_W + x, inside
+    return (z * IN_H + y) * IN_W + x, is_inside(z, y, x, IN_D, IN_H, IN_W)
+
+
+@triton.jit
+def _locate(event, counts, ends):
+    """Segment of each numbered event of a pixel, and its place there, from the segments' counts and running totals."""
+    passed = ends[:, None, :] <= event[:, :, None]
+    segment = tl.sum(passed.to(tl.int32), axis=2)
+    return segment, event - tl.sum(tl.where(passed, counts[:, None, :], 0), axis=2)
 
 
 @triton.jit
@@ -102,6 +112,7 @@ def _add_rows(
     OUTPUTS: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     pid = tl.program_id(0)
@@ -120,39 +131,39 @@ def _add_rows(
     x = pixel % OUT_W * STRIDE_W - PAD_W
     in_pixels = IN_D * IN_H * IN_W
     lists = (image * GROUPS + group) * CHUNKS * in_pixels
+    channels_ptr += lists * CHUNK
+    values_ptr += lists * CHUNK
 
     # A segment is one list an output pixel has to walk: a tap and a chunk of its channels.
     segment = tl.arange(0, SEGMENTS)[None, :]
-    source, inside = _input_pixel(
+    met, inside = _input_pixel(
         segment // CHUNKS, z[:, None], y[:, None], x[:, None], IN_D, IN_H, IN_W,
         KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
     )  # fmt: skip
     inside = inside & (segment < TAPS * CHUNKS) & (pixel < pixels)[:, None]
-    counts = tl.load(counts_ptr + lists + segment % CHUNKS * in_pixels + source, mask=inside, other=0)
+    counts = tl.load(counts_ptr + lists + segment % CHUNKS * in_pixels + met, mask=inside, other=0)
     ends = tl.cumsum(counts, axis=1)
     total = tl.sum(counts, axis=1)
     first = total * split // SPLITS
     last = total * (split + 1) // SPLITS
 
     acc = tl.zeros((PIXELS * EVENTS, OUTPUTS), tl.float32)
-    for start in tl.range(0, tl.max(last - first, axis=0), EVENTS, num_stages=STAGES):
+    for start in tl.range(0, tl.max(last - first, axis=0), EVENTS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         event = first[:, None] + start + tl.arange(0, EVENTS)[None, :]
         known = event < last[:, None]
-        passed = ends[:, None, :] <= event[:, :, None]
-        at = tl.sum(passed.to(tl.int32), axis=2)
-        place = event - tl.sum(tl.where(passed, counts[:, None, :], 0), axis=2)
+        at, place = _locate(event, counts, ends)
         tap = at // CHUNKS
-        chunk = at % CHUNKS
+        chunk = at - tap * CHUNKS
         source, _ = _input_pixel(
             tap, z[:, None], y[:, None], x[:, None], IN_D, IN_H, IN_W,
             KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
         )  # fmt: skip
-        entry = (lists + chunk * in_pixels + source) * CHUNK + place
+        entry = offset(chunk * in_pixels + source, WIDE) * CHUNK + place
         channel = chunk * CHUNK + tl.load(channels_ptr + entry, mask=known, other=0).to(tl.int32)
         value = tl.load(values_ptr + entry, mask=known, other=0.0).to(tl.float32)
-        row = tl.reshape((group * TAPS + tap) * channels + channel, (PIXELS * EVENTS,)).to(tl.int64) * padded
+        row = tl.reshape(offset((group * TAPS + tap) * channels + channel, WIDE) * padded, (PIXELS * EVENTS,))
         read = tl.reshape(known, (PIXELS * EVENTS,))[:, None] & (output < padded)[None, :]
-        weight = tl.load(weight_ptr + row[:, None] + output[None, :], mask=read, other=0.0)
+        weight = tl.load(weight_ptr + (row[:, None] + output[None, :]), mask=read, other=0.0)
         acc += weight.to(tl.float32) * tl.reshape(value, (PIXELS * EVENTS,))[:, None]
 
     result = tl.sum(tl.reshape(acc, (PIXELS, EVENTS, OUTPUTS)), axis=1)
@@ -160,8 +171,10 @@ def _add_rows(
         bias = tl.load(bias_ptr + group * outputs + output, mask=output < outputs, other=0.0)
         result += bias.to(tl.float32)[None, :]
     corner = y_ptr + split.to(tl.int64) * y_split + image * y_n + (group * outputs).to(tl.int64) * y_c
-    where = corner + pixel.to(tl.int64)[:, None] * y_p + output.to(tl.int64)[None, :] * y_c
-    tl.store(where, result.to(y_ptr.dtype.element_ty), mask=(pixel < pixels)[:, None] & (output < outputs)[None, :])
+    where = offset(pixel, WIDE)[:, None] * y_p + offset(output, WIDE)[None, :] * y_c
+    tl.store(
+        corner + where, result.to(y_ptr.dtype.element_ty), mask=(pixel < pixels)[:, None] & (output < outputs)[None, :]
+    )
 
 
 @triton.jit
@@ -229,7 +242,7 @@ class EventConv:
     def compute(self, x: Tensor, scan: RowScan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
         y = self.layout.empty(self.dtype, x.device)
         at = _Strides(y.stride(0), y.stride(1), pixel_stride(y))
-        _launch_add_rows(scan, packed, _as(bias, self.dtype), y, at, self.geometry, Walk.from_name(variant))
+        _launch_add_rows(scan, packed, as_bias(bias, self.dtype), y, at, self.geometry, Walk.from_name(variant))
         return y
 
 
@@ -245,7 +258,7 @@ class EventLinear:
     deferred = True
 
     def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
-        self.geometry = ConvGeometry.from_call((rows, in_features, 1), (out_features, in_features, 1), (1,), (0,), (1,), 1)
+        self.geometry = _one_pixel_images(rows, in_features, out_features)
         self.dtype = dtype
 
     @functools.cached_property
@@ -264,7 +277,7 @@ class EventLinear:
     def compute(self, x: Tensor, scan: RowScan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
         rows, outputs, walk = self.geometry.batch, self.geometry.out_channels, Walk.from_name(variant)
         y = torch.empty((*x.shape[:-1], outputs), dtype=self.dtype, device=x.device)
-        bias = _as(bias, self.dtype)
+        bias = as_bias(bias, self.dtype)
         at = _Strides(outputs, 1, 1, split=rows * outputs)
         if walk.splits == 1:
             _launch_add_rows(scan, packed, bias, y, at, self.geometry, walk)
@@ -275,21 +288,26 @@ class EventLinear:
         return y
 
 
+def _one_pixel_images(rows: int, in_features: int, out_features: int) -> ConvGeometry:
+    """A linear layer as a pointwise convolution."""
+    return ConvGeometry.from_call((rows, in_features, 1), (out_features, in_features, 1), (1,), (0,), (1,), 1)
+
+
 def conv_walks(geometry: ConvGeometry) -> tuple[Walk, ...]:
     """The walks worth measuring for a convolution, best guess first.
 
     Many pixels a program cost little where most of them see no event; few pixels wait less for each other.
     """
-    largest = triton.next_power_of_2(geometry.out_pixels)
-    pairs = max(1, min(_PAIRS, _SEARCH // _segments(geometry)))
-    outputs = _output_block(geometry, 64)
-    pixels = (min(p, pairs, largest) for p in (16, 32, 8))
+    segments, outputs = _segments(geometry), _output_block(geometry, 64)
+    pairs = max(1, min(_PAIRS, _COMPARED // segments))
+    most = min(pairs, max(1, _COUNTS // segments), triton.next_power_of_2(geometry.out_pixels))
+    pixels = (min(p, most) for p in (16, 64, 8))
     return tuple(Walk(p, pairs // p, outputs) for p in pixels)
 
 
 def linear_walks(geometry: ConvGeometry) -> tuple[Walk, ...]:
     """The walks worth measuring for a linear layer: shared out, shared out with long rows, and alone."""
-    events = max(1, _SEARCH // _segments(geometry))
+    events = max(1, _COMPARED // _segments(geometry))
     narrow, wide = _output_block(geometry, 64), _output_block(geometry, 128)
     return (
         Walk(1, min(64, events), narrow, _splits(geometry, narrow)),
@@ -332,15 +350,14 @@ def _launch_add_rows(
             "GROUPS": g.groups,
             "CHUNKS": chunks_of(g),
             "CHUNK": chunk_channels(g),
-            **axes("KERNEL", g.kernel),
-            **axes("STRIDE", g.stride),
-            **axes("DILATION", g.dilation),
+            **by_axis({"KERNEL": g.kernel, "STRIDE": g.stride, "DILATION": g.dilation}),
             "SEGMENTS": _segments(g),
             "PIXELS": walk.pixels,
             "EVENTS": walk.events,
             "OUTPUTS": walk.outputs,
             "SPLITS": walk.splits,
             "STAGES": _STAGES,
+            "WIDE": is_wide(y) or packed.numel() >= 2**31 or scan.values.numel() >= 2**31 * max(1, g.batch),
         },
         counts_ptr=scan.counts,
         channels_ptr=scan.channels,
@@ -352,10 +369,9 @@ def _launch_add_rows(
         y_n=at.image,
         y_c=at.channel,
         y_p=at.pixel,
-        **axes("IN", g.in_size),
+        **by_axis({"IN": g.in_size, "PAD": g.padding}),
         OUT_H=g.out_size[1],
         OUT_W=g.out_size[2],
-        **axes("PAD", g.padding),
         pixels=g.out_pixels,
         channels=g.group_channels,
         outputs=outputs,
@@ -395,8 +411,3 @@ def _splits(geometry: ConvGeometry, outputs: int) -> int:
     useful = geometry.in_channels // _SPLIT_CHANNELS
     wanted = min(_SPLITS, _PROGRAMS // programs, useful)
     return 1 << max(0, wanted.bit_length() - 1)
-
-
-def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The bias as the kernels read it."""
-    return None if bias is None else bias.detach().to(dtype).contiguous()

@@ -8,6 +8,7 @@ more than a chunk, and nothing is exchanged between programs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -15,15 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseflow.kernels.geometry import ConvGeometry, Three
+from sparseflow.kernels.geometry import ConvGeometry
 
 from .launch import launch
+from .prescan import is_wide
 
 _CHUNK = 512
 _MAX_CHUNK = 16384  # positions in a list are 16-bit numbers
 _CHUNKS = 32
-_ELEMENTS = 4096  # of one program: 32 a thread with 4 warps
-_SECTOR_PIXELS = 16  # fewer neighbouring pixels would read part of a memory sector where channels are not innermost
+_ELEMENTS = 2048  # of one program
+_ELEMENTS_A_WARP = 512  # 16 a thread
+_SECTOR_PIXELS = 16  # fewer would be part of a memory sector, where neighbouring pixels are adjacent in memory
+
+
+@triton.jit
+def offset(index, WIDE: tl.constexpr):
+    """``index`` as a factor of an offset, in 64 bits where ``WIDE``."""
+    if WIDE:
+        return index.to(tl.int64)
+    return index
 
 
 @triton.jit
@@ -41,6 +52,7 @@ def _scan_rows(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PIXELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
@@ -49,21 +61,26 @@ def _scan_rows(
     block = (pid // (CHUNKS * GROUPS)) % blocks
     image = (pid // (CHUNKS * GROUPS) // blocks).to(tl.int64)
 
-    pixel = block * PIXELS + tl.arange(0, PIXELS)
-    position = tl.arange(0, CHUNK)
-    channel = chunk * CHUNK + position
-    known = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    corner = x_ptr + image * x_n + (group * channels).to(tl.int64) * x_c
-    where = corner + pixel.to(tl.int64)[:, None] * x_p + channel.to(tl.int64)[None, :] * x_c
-    value = tl.load(where, mask=known, other=0.0)
+    pixel = tl.arange(0, PIXELS)
+    channel = tl.arange(0, CHUNK)
+    there = pixel < pixels - block * PIXELS
+    corner = (
+        x_ptr
+        + image * x_n
+        + (block * PIXELS).to(tl.int64) * x_p
+        + (group * channels + chunk * CHUNK).to(tl.int64) * x_c
+    )
+    where = offset(pixel, WIDE)[:, None] * x_p + offset(channel, WIDE)[None, :] * x_c
+    known = there[:, None] & (channel < channels - chunk * CHUNK)[None, :]
+    value = tl.load(corner + where, mask=known, other=0.0)
 
     active = value.to(tl.float32) != 0  # true for NaN
-    place = tl.cumsum(active.to(tl.int32), axis=1) - 1
-    row = ((image * GROUPS + group) * CHUNKS + chunk) * pixels + pixel
-    entry = row[:, None] * CHUNK + place
-    tl.store(channels_ptr + entry, tl.broadcast_to(position[None, :], (PIXELS, CHUNK)).to(tl.int16), mask=active)
-    tl.store(values_ptr + entry, value, mask=active)
-    tl.store(counts_ptr + row, tl.sum(active.to(tl.int32), axis=1), mask=pixel < pixels)
+    first = ((image * GROUPS + group) * CHUNKS + chunk) * pixels + block * PIXELS
+    entry = pixel[:, None] * CHUNK + tl.cumsum(active.to(tl.int32), axis=1) - 1
+    name = tl.broadcast_to(channel[None, :], (PIXELS, CHUNK)).to(tl.int16)
+    tl.store(channels_ptr + first * CHUNK + entry, name, mask=active)
+    tl.store(values_ptr + first * CHUNK + entry, value, mask=active)
+    tl.store(counts_ptr + first + pixel, tl.sum(active.to(tl.int32), axis=1), mask=there)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +135,16 @@ def scan_rows(x: Tensor, geometry: ConvGeometry) -> RowScan:
     counts = torch.empty(words, dtype=torch.int32, device=x.device)
     channels = torch.empty((words, chunk), dtype=torch.int16, device=x.device)
     values = torch.empty((words, chunk), dtype=x.dtype, device=x.device)
-    if pixel_stride(x) is None:
+    if not evenly_spaced(x):
         x = x.contiguous()
-    block = min(triton.next_power_of_2(pixels), max(_SECTOR_PIXELS, _ELEMENTS // chunk))
+    least = 1 if x.stride(1) == 1 else _SECTOR_PIXELS
+    block = min(triton.next_power_of_2(pixels), max(least, _ELEMENTS // chunk))
     launch(
         _scan_rows,
         (geometry.batch * -(-pixels // block) * geometry.groups * chunks,),
-        warps=4 if block * chunk <= _ELEMENTS else 8,
+        warps=min(max(block * chunk // _ELEMENTS_A_WARP, 4), 16),
         stages=1,
-        constants={"GROUPS": geometry.groups, "CHUNKS": chunks, "CHUNK": chunk, "PIXELS": block},
+        constants={"GROUPS": geometry.groups, "CHUNKS": chunks, "CHUNK": chunk, "PIXELS": block, "WIDE": is_wide(x)},
         x_ptr=x,
         counts_ptr=counts,
         channels_ptr=channels,
@@ -140,24 +158,30 @@ def scan_rows(x: Tensor, geometry: ConvGeometry) -> RowScan:
     return RowScan(math.prod(x.shape), words, counts, channels, values)
 
 
-def pixel_stride(t: Tensor) -> int | None:
-    """Distance of neighbouring pixels of ``t`` ``[N, C, *size]`` in row-major order, ``None`` if it varies.
+def evenly_spaced(t: Tensor) -> bool:
+    """Whether neighbouring pixels of ``t`` ``[N, C, *size]``, in row-major order, are all the same distance apart.
 
     >>> x = torch.empty(2, 8, 5, 7)
-    >>> pixel_stride(x), pixel_stride(x.to(memory_format=torch.channels_last)), pixel_stride(x[..., :3])
-    (1, 8, None)
+    >>> evenly_spaced(x), evenly_spaced(x.to(memory_format=torch.channels_last)), evenly_spaced(x[..., :3])
+    (True, True, False)
     """
-    spatial = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size != 1]
-    for (_, outer), (size, inner) in zip(spatial, spatial[1:], strict=False):
-        if outer != size * inner:
-            return None
-    return spatial[-1][1] if spatial else 1
+    return all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(_spatial(t)))
 
 
-def axes(name: str, sizes: Three) -> dict[str, int]:
-    """Kernel arguments ``name_D``, ``name_H`` and ``name_W``.
+def pixel_stride(t: Tensor) -> int:
+    """Distance of neighbouring pixels of an evenly spaced ``t`` ``[N, C, *size]``.
 
-    >>> axes("PAD", (0, 1, 2))
-    {'PAD_D': 0, 'PAD_H': 1, 'PAD_W': 2}
+    >>> pixel_stride(torch.empty(2, 8, 5, 7).to(memory_format=torch.channels_last))
+    8
     """
-    return {f"{name}_{axis}": size for axis, size in zip("DHW", sizes, strict=True)}
+    return next((stride for _, stride in reversed(_spatial(t))), 1)
+
+
+def _spatial(t: Tensor) -> list[tuple[int, int]]:
+    """Size and stride of the spatial dimensions in which there is a next pixel."""
+    return [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size != 1]
+
+
+def as_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias as the kernels read it; no copy where it already is."""
+    return None if bias is None else bias.detach().to(dtype).contiguous()
