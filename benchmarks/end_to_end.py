@@ -6,7 +6,7 @@ Baselines, all multi-step (every T in one call): ``eager`` as the user wrote it,
 (``torch.compile`` with inductor freezing: batch norm folded, weights prepacked) in fp32 and bf16. ``sparseflow`` is the
 accelerated eager model, ``sparseflow compiled`` the same under ``torch.compile``. Compiling takes a minute a case and
 is done for the digits net at batch 1. The digits net is trained; the ResNet-18 is a stand-in with random weights
-and batch norm calibrated on its input, labelled as such.
+that fires like a trained one (:mod:`benchmarks.stand_ins`), labelled as such.
 The gate: every sparse layer inside its float64 error budget, and the share of equal predictions is printed.
 """
 
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 import sparseflow
 from sparseflow.bench.compare import alternate, quantiles
 from sparseflow.env import environment
+
+from .stand_ins import ACTIVITY, fire_like_trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -56,33 +58,27 @@ def digits(batch: int) -> Case:
 
 
 def stand_in_resnet18(batch: int, side: int) -> Case:
-    """SpikingJelly's spiking_resnet18 at random weights with calibrated batch norm, on smooth random images."""
+    """SpikingJelly's spiking_resnet18 at random weights, on smooth random images."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(_INPUTS * batch, 3, side // 8, side // 8, generator=generator)
     images = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
     inputs = tuple(encode(part, TIME_STEPS) for part in images.split(batch))
     return Case(
         f"spiking_resnet18 @{side}, batch {batch}",
-        "random weights, batch norm calibrated",
-        lambda: _calibrated_resnet18(inputs[0]),
+        ACTIVITY,
+        lambda: _resnet18(inputs[0]),
         inputs,
         compiled=False,
     )
 
 
-def _calibrated_resnet18(x: Tensor) -> nn.Module:
+def _resnet18(x: Tensor) -> nn.Module:
     torch.manual_seed(0)
     net = spiking_resnet.spiking_resnet18(
         spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan(), detach_reset=True, num_classes=10
     )
     functional.set_step_mode(net, "m")
-    net.train()
-    with torch.no_grad():
-        for _ in range(20):
-            functional.reset_net(net)
-            net(x)
-    functional.reset_net(net)
-    return net.eval()
+    return fire_like_trained(net, x)
 
 
 def compiled(net: nn.Module, x: Tensor) -> nn.Module:
