@@ -15,7 +15,7 @@ import re
 import sys
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_FILES = ("README.md", "docs/benchmarks.md", "docs/cpu-kernels.md")
+_FILES = ("README.md", "docs/benchmarks.md", "docs/cpu-kernels.md", "docs/gpu-kernels.md")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
 
@@ -80,6 +80,13 @@ def _with_goal(row: dict) -> str:
     return f"{row['speedup']:.1f}x{goal}"
 
 
+def occupancy() -> str:
+    """What each way of skipping leaves over, one column a net."""
+    rows = _load("occupancy.json")["rows"]
+    kept = {key: None for row in rows.values() for key in row}
+    return _table(["share", *rows], [[key, *(f"{row[key]:.1%}" for row in rows.values())] for key in kept])
+
+
 def machine() -> str:
     """What the figures were measured on."""
     env = _load("density_sweep.json")["environment"]
@@ -87,7 +94,13 @@ def machine() -> str:
     return _table(["", "value"], [[name, str(env.get(name, ""))] for name in names])
 
 
-TABLES = {"cpu_kernels": cpu_kernels, "end_to_end": end_to_end, "density_sweep": density_sweep, "machine": machine}
+TABLES = {
+    "cpu_kernels": cpu_kernels,
+    "end_to_end": end_to_end,
+    "density_sweep": density_sweep,
+    "machine": machine,
+    "occupancy": occupancy,
+}
 
 
 def rendered(text: str) -> str:
