@@ -18,7 +18,7 @@ from .dispatch.observe import CalibrationObserver
 from .errors import UnsupportedModelError
 from .graph.isolation import copied, isolated
 from .lowering import RECORD, Options, Patterns, as_arguments, current_plan, lower, raise_layers
-from .modules.swap import runtimes
+from .modules.swap import runtime_of, runtimes
 from .plan import Plan
 from .report import LayerReport, Report
 
@@ -236,12 +236,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Drop packed weights, so that the next call packs them anew.
+    """Pack the weights anew: at once where CUDA graphs captured earlier read them, elsewhere at the next call.
 
-    Weight changes are noticed by themselves; this is for single elements written through ``weight.data``.
+    Weight changes are noticed by themselves, with two exceptions. What is written through ``weight.data`` is noticed
+    late on the CPU (single elements only) and not at all on a GPU, where comparing values would wait for the device.
+    And a graph that is only replayed never asks whether the weights it reads are current.
     """
-    for runtime in runtimes(model).values():
-        runtime.invalidate()
+    for module in model.modules():
+        runtime = runtime_of(module)
+        if runtime is not None:
+            runtime.refresh(module.weight)  # type: ignore[arg-type]
 
 
 def _require_plan(model: nn.Module) -> Plan:

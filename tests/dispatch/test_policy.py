@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseflow.dispatch.measure import crossing
-from sparseflow.dispatch.policy import Policy
+from sparseflow.dispatch.policy import BackOff, Policy, probe_interval
 from sparseflow.plan import Crossover
 
 
@@ -27,7 +28,7 @@ def test_hysteresis_keeps_the_last_choice_near_the_crossover():
 
 def test_a_dense_layer_looks_again_at_the_measured_interval():
     policy = Policy(crossover(0.2, dense_ms=1.0, prescan_ms=0.05))
-    assert policy.interval == 5
+    assert probe_interval(policy.crossover) == 5
     assert not policy.skip_scan()
     policy.decide(0.9)
     assert [policy.skip_scan() for _ in range(5)] == [True] * 4 + [False]
@@ -38,8 +39,6 @@ def test_a_dense_layer_looks_again_at_the_measured_interval():
     assert not policy.skip_scan()
     for _ in range(20):
         policy.decide(0.9)
-        policy._countdown = 0
-    policy.decide(0.9)
     assert sum(policy.skip_scan() for _ in range(256)) == 255
 
 
@@ -51,8 +50,20 @@ def test_sparse_that_never_wins_is_never_scanned():
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_probing_costs_at_most_one_percent_or_is_at_its_rarest(dense_ms, prescan_ms):
-    policy = Policy(crossover(0.2, dense_ms, prescan_ms))
-    assert prescan_ms / policy.interval <= 0.01 * dense_ms * (1 + 1e-9) or policy.interval == 256
+    interval = probe_interval(crossover(0.2, dense_ms, prescan_ms))
+    assert prescan_ms / interval <= 0.01 * dense_ms * (1 + 1e-9) or interval == 256
+
+
+def test_looks_become_rarer_until_something_changes():
+    looks, found = BackOff(1), []
+    for call in range(600):
+        if looks.due():
+            found.append(call)
+            looks.back_off()
+    assert found[:6] == [0, 1, 3, 7, 15, 31]
+    assert max(b - a for a, b in itertools.pairwise(found)) == 256
+    looks.reset()
+    assert looks.due()
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=6), st.floats(0.01, 10))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparseflow
-from sparseflow.dispatch import runtime
+from sparseflow.dispatch import crossovers, runtime
 from sparseflow.modules.swap import runtimes
 
 from ..modules.nets import Fire
@@ -38,8 +38,8 @@ def measured(monkeypatch):
         sizes.append(x.numel())
         return crossover(key, kernel, density=0.3)
 
-    monkeypatch.setattr(runtime, "measure", record)
-    monkeypatch.setattr(runtime.shared_cache, "get", lambda key: None)
+    monkeypatch.setattr(crossovers, "measure", record)
+    monkeypatch.setattr(crossovers.shared_cache, "get", lambda key: None)
     return sizes
 
 
@@ -56,7 +56,7 @@ def test_a_stream_of_new_shapes_is_not_measured_for_ever(measured):
     with torch.no_grad():
         for length in range(11, 60):
             model((torch.rand(1, 16, length) < 0.05) * 2.0)
-    assert len(measured) == runtime._MAX_MEASURED
+    assert len(measured) == crossovers._MAX_MEASURED
     assert runtimes(model)["1"].stats.calls[sparseflow.Path.EVENT] == 50
 
 
@@ -69,7 +69,7 @@ def test_the_measurement_of_the_nearest_size_is_used(measured):
 
 
 def test_what_never_wins_may_win_after_a_new_measurement(measured, monkeypatch):
-    monkeypatch.setattr(runtime, "measure", lambda key, kernel, *_: crossover(key, kernel, density=0.0))
+    monkeypatch.setattr(crossovers, "measure", lambda key, kernel, *_: crossover(key, kernel, density=0.0))
     model = accelerated(10)
     layer = runtimes(model)["1"]
     with torch.no_grad():

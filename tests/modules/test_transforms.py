@@ -41,7 +41,7 @@ def assert_same(model, run, **tolerance):
 def test_checkpointing_saves_the_same_tensors_when_it_recomputes(monkeypatch, use_reentrant, density):
     """Shapes met first inside a checkpoint, in layers where sparse never wins (0.0) and where it may."""
     monkeypatch.setattr(
-        "sparseflow.dispatch.runtime.measure",
+        "sparseflow.dispatch.crossovers.measure",
         lambda key, kernel, *_: Crossover(key, density, 1.0, 0.1, 0.1, (0.01,), (0.5,), kernel.variants()[0]),
     )
     sparseflow.register_neuron(Fire, overwrite=True)

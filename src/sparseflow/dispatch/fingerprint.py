@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 import platform
@@ -29,15 +30,27 @@ def cpu_model() -> str:
 
 @functools.lru_cache(maxsize=1)
 def fingerprint() -> dict[str, str | int]:
-    """Machine, library versions and kernel sources a crossover is valid for."""
+    """Machine, library versions and kernel sources a crossover is valid for.
+
+    The GPU is part of each crossover's key instead: asking for its name would start CUDA where nobody uses it.
+    """
     return {
         "schema": SCHEMA,
         "sparseflow": __version__,
         "torch": torch.__version__,
         "cpu": cpu_model(),
         "isa": engine.isa() if engine.available() else "none",
+        "cuda": torch.version.cuda or torch.version.hip or "none",
+        "triton": _triton_version(),
         "kernels": _source_digest(),
     }
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _source_digest() -> str:

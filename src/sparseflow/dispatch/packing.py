@@ -15,18 +15,33 @@ from sparseflow.plan import Crossover
 _WITNESSES = 64
 
 
-class _Token(NamedTuple):
-    """What a packed copy was made from, and for whom; the tensor itself, since an address may be used again."""
+class WeightState(NamedTuple):
+    """What tells one state of a weight from the next; the tensor itself, since an address may be used again."""
 
     source: weakref.ref[Tensor]
     address: int
     version: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> WeightState:
+        """The state ``weight`` is in. One made in inference mode counts no versions."""
+        return cls(weakref.ref(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+
+    def same(self, other: WeightState | None) -> bool:
+        """Equality; references are compared as objects, because equal ones would compare the elements of tensors."""
+        return other is not None and self.source is other.source and self[1:] == other[1:]
+
+
+class _Token(NamedTuple):
+    """What a packed copy was made from, and for whom."""
+
+    state: WeightState
     variant: str
     dtype: torch.dtype
 
     def same(self, other: _Token | None) -> bool:
-        """Equality; references are compared as objects, because equal ones would compare the elements of tensors."""
-        return other is not None and self.source is other.source and self[1:] == other[1:]
+        """Equality of all parts."""
+        return other is not None and self.state.same(other.state) and self[1:] == other[1:]
 
 
 class _Packed(NamedTuple):
@@ -67,7 +82,7 @@ class PackedWeight:
 
     def get(self, weight: Tensor, kernel: Kernel, variant: str, crossover: Crossover, gain_ms: float) -> Tensor | None:
         """The packed weight; ``None`` where it cannot be used or packing costs more than ``gain_ms`` a call brings."""
-        token = _Token(weakref.ref(weight), weight.data_ptr(), _version(weight), variant, kernel.dtype)
+        token = _Token(WeightState.of(weight), variant, kernel.dtype)
         if not token.same(self._token):
             self._restart(token)
         self._calls += 1
@@ -80,7 +95,7 @@ class PackedWeight:
         if crossover.pack_ms > gain_ms * max(self._expected, self._calls):
             return None
         cast = weight.detach().to(kernel.dtype)
-        values = kernel.pack(cast, variant) if _finite(cast) else None
+        values = kernel.pack(cast, variant) if finite(cast) else None
         self._packed = _Packed(token, values, _witness(weight).clone())
         return values
 
@@ -90,12 +105,9 @@ class PackedWeight:
         self._token, self._packed, self._calls = token, None, 0
 
 
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
-
-
-def _finite(weight: Tensor) -> bool:
-    return not weight.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(weight))
+def finite(weight: Tensor) -> bool:
+    """Whether ``weight`` holds neither infinity nor NaN; waits for its device."""
+    return not weight.numel() or all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist()))
 
 
 def _witness(weight: Tensor) -> Tensor:

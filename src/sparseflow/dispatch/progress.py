@@ -15,11 +15,33 @@ logger = logging.getLogger("sparseflow")
 _active: contextvars.ContextVar[MeasureProgress | None] = contextvars.ContextVar("measuring", default=None)
 
 
+class CompileBudget:
+    """Seconds that compiling kernels may take, and has taken."""
+
+    def __init__(self, limit_s: float):
+        self.limit_s, self.spent_s = limit_s, 0.0
+
+    @property
+    def spent(self) -> bool:
+        """Whether to compile no more than is needed."""
+        return self.spent_s >= self.limit_s
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count the time inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent_s += time.perf_counter() - started
+
+
 class MeasureProgress:
     """Counts measured layers of one model and what they took."""
 
     def __init__(self, total: int, budget: MeasureBudget):
         self.total, self.budget = total, budget
+        self.compiling = CompileBudget(budget.compile_s)
         self.done, self.spent_ms = 0, 0.0
         self.disturbed: list[str] = []
         self._bar = None
@@ -31,10 +53,10 @@ class MeasureProgress:
         return dataclasses.replace(self.budget, layer_ms=self.budget.layer_ms / 5)
 
     def advance(self, elapsed_ms: float) -> None:
-        """Count one measured layer."""
+        """Count one measured layer; ``elapsed_ms`` without the time for compiling."""
         self.done += 1
         self.spent_ms += elapsed_ms
-        predicted = self.spent_ms / self.done * self.total
+        predicted = (self.spent_ms + self.compiling.spent_s * 1e3) / self.done * self.total
         if self._bar is None and predicted > self.budget.model_ms:
             self._bar = _start_bar(self.total)
         if self._bar is not None:
@@ -94,6 +116,13 @@ def layer_budget(default: MeasureBudget) -> Iterator[MeasureBudget]:
     if progress is None:
         yield default
         return
-    started = time.perf_counter()
+    started, compiled_s = time.perf_counter(), progress.compiling.spent_s
     yield progress.layer_budget()
-    progress.advance((time.perf_counter() - started) * 1e3)
+    measured_s = time.perf_counter() - started - (progress.compiling.spent_s - compiled_s)
+    progress.advance(measured_s * 1e3)
+
+
+def compile_budget(default: MeasureBudget) -> CompileBudget:
+    """The budget of the model that is being measured, or a new one for a layer on its own."""
+    progress = _active.get()
+    return CompileBudget(default.compile_s) if progress is None else progress.compiling

@@ -160,7 +160,7 @@ def _run_stateless(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
     if isinstance(kernel, Refusal):
         raise ValueError(f"no sparse kernel covers this call: {kernel.reason}. {kernel.detail}")
     variant = kernel.variants()[0]
-    packed = kernel.pack(weight.detach().to(x.dtype), variant)
+    packed = kernel.pack(weight.detach().to(x.dtype), variant, inspect=False)
     return kernel.compute(x, kernel.prescan(x, variant), packed, bias, variant)
 
 

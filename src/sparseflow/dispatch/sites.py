@@ -1,0 +1,295 @@
+"""One call signature of a layer: the kernels bound to it, and how one call chooses between them and dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from sparseflow.kernels.base import DENSITY, OCCUPANCY, Counts, Kernel, Refusal, counts
+from sparseflow.plan import Crossover, Path, Reason
+
+from .mailbox import Mailbox, capturing
+from .packing import PackedWeight
+from .policy import HYSTERESIS, BackOff, Policy, probe_interval
+from .resident import ResidentWeight
+from .stats import LayerStats
+
+
+class Measured(NamedTuple):
+    """Crossovers of one kernel: for calls from Python, and inside a CUDA graph, where the host costs nothing.
+
+    On the CPU both are the same object.
+    """
+
+    eager: Crossover
+    graph: Crossover
+
+
+@dataclasses.dataclass
+class LayerState:
+    """What the sites of one layer share. ``forced``: sparse whatever it costs."""
+
+    stats: LayerStats
+    forced: bool
+    packed: PackedWeight = dataclasses.field(default_factory=PackedWeight)
+    mailbox: Mailbox = dataclasses.field(default_factory=Mailbox)
+
+    def __post_init__(self) -> None:
+        self.resident = ResidentWeight(self.mailbox)
+
+    def acceptable_gain(self, gain_ms: float) -> float:
+        """The gain that packing is weighed against."""
+        return float("inf") if self.forced else gain_ms
+
+
+Attempt = tuple[Path, "Tensor | None"]
+_DENSE: Attempt = (Path.DENSE, None)
+
+
+class Site(Protocol):
+    """Chooses, call by call, for one signature."""
+
+    @property
+    def never(self) -> bool:
+        """Whether the measured choice is dense whatever the input."""
+        ...
+
+    @property
+    def candidates(self) -> tuple[tuple[Kernel, Measured], ...]:
+        """The kernels to choose from."""
+        ...
+
+    def retune(self, crossover: Crossover) -> None:
+        """Choose by ``crossover`` from now on."""
+        ...
+
+    def attempt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Attempt:
+        """The sparse result, or ``None`` where dense is to run."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Fields of a :class:`~sparseflow.plan.LayerPlan` as they stand now."""
+        ...
+
+
+class DenseSite:
+    """A signature that no kernel covers, or an empty input."""
+
+    never = True
+    candidates: tuple[tuple[Kernel, Measured], ...] = ()
+
+    def __init__(self, refusal: Refusal | None):
+        self.refusal = refusal
+
+    def retune(self, crossover: Crossover) -> None:
+        raise ValueError(f"no kernel to choose by {crossover.key}")
+
+    def attempt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Attempt:  # noqa: ARG002
+        return _DENSE
+
+    def describe(self) -> dict[str, Any]:
+        if self.refusal is None:
+            return {"path": Path.DENSE, "reason": Reason.NOT_MEASURED}
+        return {"path": Path.DENSE, "reason": self.refusal.reason, "detail": self.refusal.detail}
+
+
+class HostSite:
+    """A kernel whose prescan has its counts at hand: every call is decided by its own."""
+
+    def __init__(self, kernel: Kernel, measured: Measured, layer: LayerState):
+        self.kernel, self.layer = kernel, layer
+        self.policy = Policy(measured.eager)
+
+    @property
+    def never(self) -> bool:
+        return self.policy.never
+
+    @property
+    def candidates(self) -> tuple[tuple[Kernel, Measured], ...]:
+        return ((self.kernel, Measured(self.policy.crossover, self.policy.crossover)),)
+
+    def retune(self, crossover: Crossover) -> None:
+        self.policy = Policy(crossover)
+
+    def attempt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Attempt:
+        kernel, policy = self.kernel, self.policy
+        if policy.skip_scan():
+            return _DENSE
+        crossover = policy.crossover
+        scan = kernel.prescan(x, crossover.variant)
+        self.layer.stats.add(scan)
+        density = scan.nonzero / scan.numel if scan.numel else 0.0
+        if not policy.decide(density):
+            return _DENSE
+        gain_ms = self.layer.acceptable_gain(policy.gain_ms(density))
+        packed = self.layer.packed.get(weight, kernel, crossover.variant, crossover, gain_ms)
+        if packed is None:
+            return _DENSE
+        return kernel.path, kernel.compute(x, scan, packed, bias, crossover.variant)
+
+    def describe(self) -> dict[str, Any]:
+        if self.layer.forced:
+            return {"path": self.kernel.path, "reason": Reason.FORCED}
+        sparse = self.policy.sparse and not self.policy.never
+        return {
+            "path": self.kernel.path if sparse else Path.DENSE,
+            "reason": Reason.SPARSE_WINS if sparse else Reason.DENSE_WINS,
+            "crossover": self.policy.crossover,
+        }
+
+
+@dataclasses.dataclass(eq=False)
+class _Candidate:
+    """A deferred kernel, its policies, and its load (on its own axis) as last seen; ``None`` before that."""
+
+    kernel: Kernel
+    eager: Policy
+    graph: Policy
+    load: float | None = None
+
+    def policy(self, graphed: bool) -> Policy:
+        return self.graph if graphed else self.eager
+
+
+class DeferredSite:
+    """Kernels whose counts stay on the device: a call is decided by what arrived from earlier ones.
+
+    The kernel that is running sends its counts, ever more rarely while they change nothing. The others are looked at
+    in turn, rarely enough that their prescans cost at most 1 % of the dense time. A call that is being captured into a
+    CUDA graph runs what is chosen at that moment, and every replay of the graph runs the same.
+    """
+
+    def __init__(self, kernels: tuple[Kernel, ...], measured: tuple[Measured, ...], layer: LayerState):
+        self.layer = layer
+        self._candidates = [
+            _Candidate(k, Policy(m.eager), Policy(m.graph)) for k, m in zip(kernels, measured, strict=True)
+        ]
+        self._running: dict[bool, _Candidate | None] = {False: None, True: None}
+        self._reports = BackOff(1)
+        self._looks = BackOff(max(probe_interval(m.eager) for m in measured))
+        self._turn = 0
+
+    @property
+    def never(self) -> bool:
+        return all(c.eager.never and c.graph.never for c in self._candidates)
+
+    @property
+    def candidates(self) -> tuple[tuple[Kernel, Measured], ...]:
+        return tuple((c.kernel, Measured(c.eager.crossover, c.graph.crossover)) for c in self._candidates)
+
+    def retune(self, crossover: Crossover) -> None:
+        for candidate in self._candidates:
+            if candidate.eager.crossover.key == crossover.key:
+                candidate.eager = Policy(crossover)
+            if candidate.graph.crossover.key == crossover.key:
+                candidate.graph = Policy(crossover)
+        self._choose()
+
+    def prime(self, x: Tensor) -> None:
+        """Look at all kernels and wait for the counts, so that the first call is already decided by its input."""
+        for candidate in self._candidates:
+            self._see(candidate, counts(candidate.kernel.prescan(x, candidate.eager.crossover.variant)))
+        self._reports.back_off()
+        self._looks.back_off()
+
+    def attempt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Attempt:
+        if capturing(x):
+            return self._captured(x, weight, bias)
+        self.layer.mailbox.poll()
+        self.layer.resident.meet(weight)
+        candidate = self._running[False]
+        packed = None if candidate is None else self._pack(weight, candidate, graphed=False)
+        self._prepare_capture(weight)
+        self._look(x, None if packed is None else candidate)
+        if candidate is None or packed is None:
+            return _DENSE
+        kernel, variant = candidate.kernel, candidate.eager.crossover.variant
+        scan = kernel.prescan(x, variant)
+        if self._reports.due():
+            self._send(candidate, scan)
+            self._reports.back_off()
+        return kernel.path, kernel.compute(x, scan, packed, bias, variant)
+
+    def _captured(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Attempt:
+        candidate = self._running[True]
+        if candidate is None:
+            return _DENSE
+        kernel, variant = candidate.kernel, candidate.graph.crossover.variant
+        packed = self.layer.resident.captured(weight, kernel, variant)
+        if packed is None:
+            return _DENSE
+        return kernel.path, kernel.compute(x, kernel.prescan(x, variant), packed, bias, variant)
+
+    def _prepare_capture(self, weight: Tensor) -> None:
+        """Pack for the kernel that a capture would run, since a capture cannot."""
+        candidate = self._running[True]
+        if candidate is not None and self.layer.resident.settled:
+            self._pack(weight, candidate, graphed=True)
+
+    def _pack(self, weight: Tensor, candidate: _Candidate, *, graphed: bool) -> Any:
+        policy = candidate.policy(graphed)
+        gain_ms = self.layer.acceptable_gain(policy.gain_ms(candidate.load or 0.0))
+        return self.layer.resident.get(weight, candidate.kernel, policy.crossover, gain_ms)
+
+    def _look(self, x: Tensor, running: _Candidate | None) -> None:
+        """Now and then, send the counts of a kernel whose load the running one does not tell."""
+        if not self._looks.due():
+            return
+        self._looks.back_off()
+        unseen = [c for c in self._candidates if c is not running and not (running and c.kernel.axis == DENSITY)]
+        if unseen:
+            self._turn = (self._turn + 1) % len(unseen)
+            candidate = unseen[self._turn]
+            self._send(candidate, candidate.kernel.prescan(x, candidate.eager.crossover.variant))
+
+    def _send(self, candidate: _Candidate, scan: Any) -> None:
+        numel, words = scan.numel, scan.words
+
+        def receive(nonzero: int, occupied: int) -> None:
+            self._see(candidate, Counts(nonzero, numel, occupied, words))
+
+        self.layer.mailbox.send(scan.totals(), receive)
+
+    def _see(self, candidate: _Candidate, seen: Counts) -> None:
+        """Take in counts: every kernel learns the density, only the one that counted its own occupancy."""
+        self.layer.stats.add(seen)
+        for other in self._candidates:
+            if other is candidate or other.kernel.axis == DENSITY:
+                other.load = seen.load(other.kernel.axis)
+        if self._choose():
+            self._reports.reset()
+            self._looks.reset()
+
+    def _choose(self) -> bool:
+        """Choose anew from the loads last seen; whether that changed anything."""
+        before = dict(self._running)
+        self._running = {graphed: self._best(graphed) for graphed in (False, True)}
+        return self._running != before
+
+    def _best(self, graphed: bool) -> _Candidate | None:
+        """The kernel predicted fastest among those ahead of dense; the running one where it is nearly as fast."""
+
+        def time(candidate: _Candidate) -> float:
+            return candidate.policy(graphed).relative_time(candidate.load or 0.0)
+
+        ahead = [c for c in self._candidates if c.load is not None and c.policy(graphed).decide(c.load)]
+        best, running = min(ahead, key=time, default=None), self._running[graphed]
+        if best is not None and running in ahead and time(best) > (1 - HYSTERESIS) * time(running):
+            return running
+        return best
+
+    def describe(self) -> dict[str, Any]:
+        """As it stands after the counts that have arrived; of several kernels the one chosen, or nearest to it."""
+        chosen = self._running[False]
+        told = chosen or min(self._candidates, key=lambda c: c.eager.relative_time(c.load or 0.0))
+        occupancy = {"occupancy": told.load} if told.kernel.axis == OCCUPANCY and told.load is not None else {}
+        if self.layer.forced:
+            return {"path": told.kernel.path, "reason": Reason.FORCED, **occupancy}
+        return {
+            "path": Path.DENSE if chosen is None else chosen.kernel.path,
+            "reason": Reason.DENSE_WINS if chosen is None else Reason.SPARSE_WINS,
+            "crossover": told.eager.crossover,
+            **occupancy,
+        }
