@@ -179,14 +179,16 @@ def _depthwise(
 
     # No branch: a silent tile has no steps.
     for step in range(tl.load(active_ptr + tile) * (KERNEL_D * KERNEL_H)):
-        z = oz * STRIDE_D - PAD_D + step // KERNEL_H * DILATION_D
-        y = oy * STRIDE_H - PAD_H + step % KERNEL_H * DILATION_H
-        for tap in tl.static_range(KERNEL_W):  # pyright: ignore[reportGeneralTypeIssues]
-            x = ox * STRIDE_W - PAD_W + tap * DILATION_W
+        tap_z = step // KERNEL_H
+        tap_y = step - tap_z * KERNEL_H
+        z = oz * STRIDE_D - PAD_D + tap_z * DILATION_D
+        y = oy * STRIDE_H - PAD_H + tap_y * DILATION_H
+        for tap_x in tl.static_range(KERNEL_W):  # pyright: ignore[reportGeneralTypeIssues]
+            x = ox * STRIDE_W - PAD_W + tap_x * DILATION_W
             inside = is_inside(z, y, x, IN_D, IN_H, IN_W)
             where = pixel_offset(z, y, x, x_d, x_h, x_w, WIDE) + offset(channel, WIDE) * x_c
             value = tl.load(corner + where, mask=inside & known, other=0.0)
-            factor = tl.load(weight + (step * KERNEL_W + tap) * padded, mask=known, other=0.0)
+            factor = tl.load(weight + (step * KERNEL_W + tap_x) * padded, mask=known, other=0.0)
             acc += value.to(tl.float32) * factor.to(tl.float32)
 
     first = block * BLOCK * MULTIPLIER + multiple

@@ -402,7 +402,8 @@ def _segments(geometry: ConvGeometry) -> int:
 
 def _output_block(geometry: ConvGeometry, largest: int) -> int:
     """Output channels of a program: a power of two, no more than there are."""
-    return min(largest, triton.next_power_of_2(padded_outputs(geometry.out_channels // geometry.groups)))
+    outputs = max(1, geometry.out_channels // geometry.groups)
+    return min(largest, triton.next_power_of_2(padded_outputs(outputs)))
 
 
 def _splits(geometry: ConvGeometry, outputs: int) -> int:
