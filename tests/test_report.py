@@ -54,6 +54,19 @@ class TestLayer:
         assert found.sparse
         assert found.calls == {"event": 3}
 
+    def test_a_crossover_in_occupancy_is_read_at_the_occupancy_and_marked(self):
+        crossover = dataclasses.replace(CROSSOVER, axis="occupancy")
+        plan = LayerPlan(
+            *("conv", "Conv2d", Path.TILE, Reason.SPARSE_WINS, Provenance.BINARY),
+            density=0.4,
+            occupancy=0.05,
+            crossover=crossover,
+        )
+        found = LayerReport.from_plan(plan, {})
+        assert found.sparse_ms == pytest.approx(0.3)
+        assert found.load == 0.05
+        assert "30.0 % occ." in str(report(found))
+
     @pytest.mark.parametrize("missing", ["density", "crossover"])
     def test_nothing_is_invented_for_what_was_not_measured(self, missing):
         fields = {"density": 0.05, "crossover": CROSSOVER} | {missing: None}

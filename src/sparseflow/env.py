@@ -36,10 +36,19 @@ def environment() -> dict[str, Any]:
         "cores": _usable_cores(),
         "threads": torch.get_num_threads(),
         "engine": engine.isa() if engine.available() else f"none: {engine.reason()}",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": _gpu(),
         "torch": torch.__version__,
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def _gpu() -> str:
+    """Name and compute capability of the current GPU, and the CUDA (or ROCm) version that PyTorch was built with."""
+    if not torch.cuda.is_available():
+        return "none"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return f"{properties.name} (capability {properties.major}.{properties.minor}), {toolkit}"
 
 
 def _usable_cores() -> int:

@@ -95,8 +95,8 @@ class Crossover:
 class LayerPlan:
     """What one convolution or linear layer runs, and why.
 
-    ``density`` is nonzero / numel of the layer's input in 0..1, ``occupancy`` the share of 64-channel words with at
-    least one spike; both are ``None`` until real data was seen.
+    ``density`` is nonzero / numel of the layer's input in 0..1, ``occupancy`` the share of blocks with at least one
+    spike (words of 64 channels on the CPU, channels of a tile on a GPU); both are ``None`` until real data was seen.
     """
 
     name: str

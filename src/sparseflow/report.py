@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WIDTH = 100
 DENSE = "dense"
 UNKNOWN = "-"
+_DENSITY, _OCCUPANCY = "density", "occupancy"
 
 _SPARSE_COLOUR = "#0072b2"
 _DENSE_COLOUR = "#999999"
@@ -34,8 +35,9 @@ _CROSSOVER_COLOUR = "#d55e00"
 class LayerReport:
     """One convolution or linear layer: the path it runs, why, and the figures behind the choice.
 
-    ``sparse_ms`` is the time at the observed ``density``, prescan included; ``crossover`` the density above which
-    dense is faster; ``calls`` counts the forward calls each path served.
+    ``sparse_ms`` is the time at the observed load, prescan included; ``crossover`` the load above which dense is
+    faster. ``axis`` says which load these follow: ``"density"`` or ``"occupancy"``. ``calls`` counts the forward calls
+    each path served.
     """
 
     name: str
@@ -49,12 +51,14 @@ class LayerReport:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     crossover: float | None = None
+    axis: str = _DENSITY
     calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_plan(cls, layer: LayerPlan, calls: dict[str, int]) -> LayerReport:
-        """The record of one planned layer; the sparse time is read off the measured curve at the layer's density."""
+        """The record of one planned layer; the sparse time is read off the measured curve at the layer's load."""
         measured = layer.crossover
+        load = layer.occupancy if measured and measured.axis == _OCCUPANCY else layer.density
         return cls(
             name=layer.name,
             kind=layer.kind,
@@ -65,10 +69,16 @@ class LayerReport:
             density=layer.density,
             occupancy=layer.occupancy,
             dense_ms=measured.dense_ms if measured else None,
-            sparse_ms=measured.sparse_ms_at(layer.density) if measured and layer.density is not None else None,
+            sparse_ms=measured.sparse_ms_at(load) if measured and load is not None else None,
             crossover=measured.density if measured else None,
+            axis=measured.axis if measured else _DENSITY,
             calls=calls,
         )
+
+    @property
+    def load(self) -> float | None:
+        """The observed density or occupancy, whichever the crossover is stated in."""
+        return self.occupancy if self.axis == _OCCUPANCY else self.density
 
     @property
     def sparse(self) -> bool:
@@ -295,8 +305,10 @@ def _layer_table(report: Report) -> Table:
 
 
 def _figure_cells(layer: LayerReport) -> tuple[str, ...]:
-    shares = (layer.density, layer.occupancy, layer.crossover)
-    return *map(percent, shares), milliseconds(layer.dense_ms), milliseconds(layer.sparse_ms)
+    marked = layer.crossover is not None and layer.axis == _OCCUPANCY
+    crossover = f"{percent(layer.crossover)}{' occ.' if marked else ''}"
+    shares = percent(layer.density), percent(layer.occupancy), crossover
+    return *shares, milliseconds(layer.dense_ms), milliseconds(layer.sparse_ms)
 
 
 def _reason_numbers(report: Report) -> dict[str, int]:
@@ -361,10 +373,11 @@ def _density_figure(report: Report) -> go.Figure:
     layers = report.layers
     names = _labels(report)
     colours = [_SPARSE_COLOUR if layer.sparse else _DENSE_COLOUR for layer in layers]
-    bars = go.Bar(x=names, y=_percentages(layers, "density"), name="density", marker_color=colours)
+    bars = go.Bar(x=names, y=_percentages(layers, "load"), name="density or occupancy", marker_color=colours)
     marker = {"symbol": "line-ew-open", "size": 18, "color": _CROSSOVER_COLOUR, "line": {"width": 3}}
     cross = go.Scatter(x=names, y=_percentages(layers, "crossover"), name="crossover", mode="markers", marker=marker)
-    return _styled(go.Figure([bars, cross]), "Density of the input, and the crossover above which dense wins", "%")
+    title = "Density (for tile kernels occupancy) of the input, and the crossover above which dense wins"
+    return _styled(go.Figure([bars, cross]), title, "%")
 
 
 def _time_figure(report: Report) -> go.Figure:
@@ -375,7 +388,7 @@ def _time_figure(report: Report) -> go.Figure:
     sparse = [layer.sparse_ms for layer in report.layers]
     bars = [
         go.Bar(x=names, y=dense, name="dense", marker_color=_DENSE_COLOUR),
-        go.Bar(x=names, y=sparse, name="sparse, at the observed density", marker_color=_SPARSE_COLOUR),
+        go.Bar(x=names, y=sparse, name="sparse, at the observed load", marker_color=_SPARSE_COLOUR),
     ]
     return _styled(go.Figure(bars), "Measured time of each layer", "ms")
 

@@ -15,7 +15,7 @@ from sparseflow.config import MeasureBudget
 from sparseflow.kernels.base import Call, Kernel
 from sparseflow.plan import Crossover
 
-from .measure import HOPELESS, VARIANT_DENSITY, Bench, Packing, Sample, Sweep, shortest
+from .measure import HOPELESS, VARIANT_DENSITY, Bench, Packing, Sample, Sweep, enough, shortest
 
 _REPLAY_MS = 0.2  # so long that the resolution of events (about 1 us) and the launch of a graph do not show
 _MAX_REPEATS = 64
@@ -106,16 +106,16 @@ class GpuBench(Bench):
         self, variant: str, dense: Replay, sparse: Replay, budget_ms: float
     ) -> tuple[float, list[tuple[float, float]]]:
         """Shortest dense time, and ``(load, ms)`` points up to the first density at which sparse clearly loses."""
-        points: list[tuple[float, float]] = []
+        points: dict[float, tuple[float, float]] = {}
         dense_ms = float("inf")
         for density in self.densities:
             self.static.copy_(self.spikes(density))
             times = shortest({"dense": dense.sample, "sparse": sparse.sample}, budget_ms / len(self.densities)).ms
             dense_ms = min(dense_ms, times["dense"])
-            points.append((self.load(self.static, density, variant), times["sparse"]))
-            if times["sparse"] > HOPELESS * dense_ms and len(points) > 1:
+            points[density] = self.load(self.static, density, variant), times["sparse"]
+            if times["sparse"] > HOPELESS * dense_ms and enough(points):
                 break
-        return dense_ms, points
+        return dense_ms, list(points.values())
 
     def host_times(self, packed: Any, variant: str) -> dict[str, float]:
         """Host time of a dense call, a prescan and a sparse call; no spike changes it."""

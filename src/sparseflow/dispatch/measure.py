@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -152,7 +152,7 @@ class Bench:
             runs[density] = functools.partial(self.sparse, x, packed, variant)
             runs[density]()
             loads[density] = self.load(x, density, variant)
-            if _time_ms(runs[density]) > limit_ms and density > self.densities[0]:
+            if _time_ms(runs[density]) > limit_ms and enough(loads):
                 break
         times = fastest(runs, budget_ms)
         sparse = tuple((loads[d], times.ms[d]) for d in loads)
@@ -189,6 +189,11 @@ class Sweep(NamedTuple):
             quiet=self.quiet,
             axis=kernel.axis,
         )
+
+
+def enough(densities: Collection[float]) -> bool:
+    """Whether the sweep may end here: what loses on silence loses on everything, else a curve has two points."""
+    return len(densities) > 1 or set(densities) == {0.0}
 
 
 def _wait_for(device: torch.device) -> None:

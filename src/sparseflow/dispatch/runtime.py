@@ -153,8 +153,13 @@ class LayerRuntime:
             return Refusal(Reason.CUSTOM_FORWARD, f"the bias has shape {tuple(bias.shape)}")
         return candidates(x, weight, call, self.config.backend)
 
+    def receive(self) -> None:
+        """Take in the counts that have arrived from a GPU since the last call."""
+        self._state.mailbox.poll()
+
     def describe(self) -> LayerPlan:
         """The plan of this layer as it stands now: path, reason and figures of the last signature it ran."""
+        self.receive()
         site = self.last_site or DenseSite(None)
         seen = {"density": self.stats.density, "occupancy": self.stats.occupancy}
         return dataclasses.replace(self.plan, **{**seen, **site.describe()})
