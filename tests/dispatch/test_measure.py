@@ -9,10 +9,13 @@ import torch
 
 from sparseflow.config import MeasureBudget
 from sparseflow.dispatch import measure as measuring_module
-from sparseflow.dispatch.measure import DENSITIES, fastest, measure, synthetic_spikes
-from sparseflow.dispatch.progress import measuring, note_disturbed
+from sparseflow.dispatch.measure import DENSITIES, Bench, fastest, measure
+from sparseflow.dispatch.progress import compile_budget, layer_budget, measuring, note_disturbed
 from sparseflow.kernels import functional
+from sparseflow.kernels.base import LinearCall, counts
 from sparseflow.kernels.select import select
+
+from .fake import FakeEvent, FakeKernel
 
 
 class Clock:
@@ -81,13 +84,34 @@ def test_measuring_leaves_input_and_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-def test_synthetic_spikes_look_like_the_input(density):
-    like = torch.zeros(4, 64, 16, 16).to(memory_format=torch.channels_last)
-    spikes = synthetic_spikes(like, density)
-    assert spikes.stride() == like.stride()
-    assert set(spikes.unique().tolist()) <= {0.0, 1.0}
-    assert float(spikes.mean()) == pytest.approx(density, abs=0.01)
+def test_deferred_kernels_are_measured_on_their_own_axis_and_counts():
+    x, weight = torch.zeros(32, 64), torch.randn(16, 64)
+    for kernel in (FakeKernel(), FakeEvent()):
+        found = measure("key", kernel, x, weight, None, LinearCall(), MeasureBudget(layer_ms=2.0))
+        assert found.axis == kernel.axis
+        assert found.densities == tuple(sorted(set(found.densities)))
+        assert found.densities[0] == 0.0
+        bench = Bench(kernel, x, weight, None, LinearCall())
+        for density in (0.0, 0.08, 1.0):
+            expected = counts(kernel.prescan(bench.spikes(density), "a")).load(kernel.axis)
+            assert bench.load(bench.spikes(density), density, "a") == expected
+
+
+def test_compiling_is_bounded():
+    x, weight = torch.zeros(4, 8), torch.randn(4, 8)
+    for seconds, variants in ((60.0, {"a", "b"}), (0.0, {"a"})):
+        bench = Bench(FakeKernel(), x, weight, None, LinearCall())
+        assert set(bench.prepared(x, MeasureBudget(compile_s=seconds))) == variants
+
+
+def test_the_time_for_compiling_is_shared_by_the_layers_of_a_model():
+    budget = MeasureBudget(compile_s=10.0)
+    with measuring(3, budget):
+        compile_budget(budget).spent_s += 11.0
+        assert compile_budget(budget).spent
+        with layer_budget(budget) as share:
+            assert share == budget, "compiling does not eat the time for measuring"
+    assert not compile_budget(budget).spent
 
 
 def test_one_line_says_that_the_machine_was_busy(caplog):

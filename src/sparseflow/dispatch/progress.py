@@ -43,7 +43,7 @@ class MeasureProgress:
         self.total, self.budget = total, budget
         self.compiling = CompileBudget(budget.compile_s)
         self.done, self.spent_ms = 0, 0.0
-        self.disturbed: list[str] = []
+        self.disturbed: dict[str, None] = {}
         self._bar = None
 
     def layer_budget(self) -> MeasureBudget:
@@ -67,7 +67,7 @@ class MeasureProgress:
         if self._bar is not None:
             self._bar.stop()
         if self.disturbed:
-            _warn_disturbed(f"{len(self.disturbed)} layers (first: {self.disturbed[0]})")
+            _warn_disturbed(f"{len(self.disturbed)} layers (first: {next(iter(self.disturbed))})")
 
 
 def note_disturbed(layer: str) -> None:
@@ -76,7 +76,7 @@ def note_disturbed(layer: str) -> None:
     if progress is None:
         _warn_disturbed(layer)
     else:
-        progress.disturbed.append(layer)
+        progress.disturbed[layer] = None
 
 
 def _warn_disturbed(what: str) -> None:
