@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on CPU tensors
+# Read when triton is imported: its kernels then run on CPU tensors. TRITON_INTERPRET=0 is for tests/gpu.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -191,12 +191,16 @@ def conv_layout(
     w_stride: tuple[int, ...],
     dtype: torch.dtype,
     call: ConvCall,
+    device_type: str = "cpu",
 ) -> Layout:
-    """Ask PyTorch itself, on fake tensors, what its dense convolution returns: the sparse one looks the same."""
+    """Ask PyTorch itself, on fake tensors, what its dense convolution returns: the sparse one looks the same.
+
+    ``device_type`` may be one this machine does not have.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.no_grad(), FakeTensorMode():
-        x = torch.empty_strided(x_shape, x_stride, dtype=dtype)
-        weight = torch.empty_strided(w_shape, w_stride, dtype=dtype)
+        x = torch.empty_strided(x_shape, x_stride, dtype=dtype, device=device_type)
+        weight = torch.empty_strided(w_shape, w_stride, dtype=dtype, device=device_type)
         y = call.dense(x, weight, None)
     return Layout(tuple(y.shape), y.stride(), not y.is_contiguous())
