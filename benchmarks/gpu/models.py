@@ -1,0 +1,199 @@
+"""Whole networks of the SpikingJelly zoo: dense eager, dense compiled and graphed, and accelerated."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparseflow
+
+from .layers import STEPS
+from .records import Gate, ModelRow, RedGate, Row, Skipped
+from .runner import Cell
+from .timing import Run, Sampler, Timer, alternate
+
+_WEIGHTS = "random weights, batch norm calibrated on smooth noise"
+_SIDE = 224
+_INPUTS = 4
+_REPEATS = 9
+_CALIBRATION = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network of the zoo at one batch size; ``compiled`` adds ``torch.compile``, which takes long for deep ones."""
+
+    name: str
+    batch: int
+    compiled: bool
+    side: int = _SIDE
+
+    @property
+    def title(self) -> str:
+        """Unique name of the cell."""
+        return f"models: {self.name} @{self.side}, T {STEPS}, batch {self.batch}"
+
+    def build(self) -> nn.Module:
+        """The network in multi-step mode, float32, on the CPU, with weights from a fixed seed."""
+        from spikingjelly.activation_based import functional, neuron, surrogate
+        from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"surrogate_function": surrogate.ATan(), "detach_reset": True}
+        if self.name.startswith("sew"):
+            net = getattr(sew_resnet, self.name)(cnf="ADD", spiking_neuron=neuron.IFNode, **options)
+        else:
+            net = getattr(spiking_resnet, self.name)(spiking_neuron=neuron.LIFNode, **options)
+        functional.set_step_mode(net, "m")
+        return net
+
+
+def smooth_images(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """``[T, N, 3, H, W]``: one smooth random image a sample, the same in each of the T steps."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(shape[1], shape[2], shape[3] // 8, shape[4] // 8, generator=generator)
+    images = nn.functional.interpolate(coarse.to(device), size=shape[3:], mode="bilinear")
+    return images.expand(shape).contiguous()
+
+
+def calibrated(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn.Module:
+    """Batch norm statistics from noise images: without them hardly a neuron of a random network fires."""
+    net = net.to(device).train()
+    for norm in (module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        norm.momentum = None
+    with torch.no_grad():
+        for seed in range(_CALIBRATION):
+            _reset(net)
+            net(smooth_images(shape, 100 + seed, device))
+    _reset(net)
+    return net.eval()
+
+
+def _reset(net: nn.Module) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(net)
+
+
+def answers(net: Callable[[Tensor], Tensor], owner: nn.Module, xs: list[Tensor]) -> Run:
+    """Runs a network on input ``i`` from rest."""
+
+    def run(i: int) -> Tensor:
+        _reset(owner)
+        return net(xs[i])
+
+    return run
+
+
+def run(model: Model, timer: Timer, device: torch.device) -> list[Row]:
+    """All rows of one network, or why there are none."""
+    if importlib.util.find_spec("spikingjelly") is None:
+        return [Skipped("models", model.title, "SpikingJelly is not installed")]
+    shape = (STEPS, model.batch, 3, model.side, model.side)
+    with torch.no_grad():
+        net = calibrated(model.build(), (STEPS, min(model.batch, 8), *shape[2:]), device)
+        images = [smooth_images(shape, seed, device) for seed in range(_INPUTS)]
+        half = copy.deepcopy(net).half().to(memory_format=torch.channels_last)
+        xs = [x.half() for x in images]
+        sparse = sparseflow.accelerate(copy.deepcopy(half), xs[0])
+        gate, agreement = check(sparse, xs)
+        samplers = prepared(model, net, images, half, sparse, xs, timer)
+        times = alternate(samplers, _REPEATS)
+    return list(rows_of(model, times, gate, agreement))
+
+
+def check(net: nn.Module, xs: list[Tensor]) -> tuple[Gate, float]:
+    """Every sparse layer inside its float64 budget, and the share of equal top-1 classes with sparse layers off.
+
+    Raises:
+        RedGate: a layer is wrong.
+    """
+    answer = answers(net, net, xs)
+    with sparseflow.verify(net) as watch:
+        answer(0)
+    gate = Gate(watch.worst, f"{watch.checked} sparse layer calls")
+    if not gate.green:
+        raise RedGate(f"a layer is {watch.worst:.3g} budgets off")
+    ours = [_classes(answer(i)) for i in range(len(xs))]
+    with sparseflow.disabled(net):
+        dense = [_classes(answer(i)) for i in range(len(xs))]
+    return gate, float((torch.cat(ours) == torch.cat(dense)).float().mean())
+
+
+def _classes(y: Tensor) -> Tensor:
+    return y.mean(0).argmax(1)
+
+
+def prepared(
+    model: Model,
+    net: nn.Module,
+    images: list[Tensor],
+    half: nn.Module,
+    sparse: nn.Module,
+    xs: list[Tensor],
+    timer: Timer,
+) -> dict[str, Sampler]:
+    """Everything that takes turns, graphed except for the eager float32 network."""
+    ready = functools.partial(timer.prepare, inputs=len(xs))
+    samplers = {
+        "eager float32": ready(answers(net, net, images), graphed=False),
+        "dense float16 graphed": ready(answers(half, half, xs)),
+        "sparseflow float16 graphed": ready(answers(sparse, sparse, xs)),
+    }
+    if model.compiled:
+        samplers["dense float16 compiled, graphed"] = ready(answers(compiled(half), half, xs))
+        samplers["sparseflow float16 compiled, graphed"] = ready(answers(compiled(sparse), sparse, xs))
+    return samplers
+
+
+def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``torch.compile`` for one input shape."""
+    torch._dynamo.reset()
+    return torch.compile(net, dynamic=False)
+
+
+def rows_of(model: Model, times: dict[str, Any], gate: Gate, agreement: float) -> Iterator[ModelRow]:
+    """Each accelerated run over the strongest dense one, and over the eager one, labelled."""
+    strongest = min((name for name in times if name.startswith("dense")), key=lambda name: times[name][1])
+    for name in (name for name in times if name.startswith("sparseflow")):
+        for baseline in (strongest, "eager float32"):
+            yield ModelRow(
+                stage="models",
+                model=f"{model.name} @{model.side}",
+                weights=_WEIGHTS,
+                dtype="float16",
+                steps=STEPS,
+                batch=model.batch,
+                run=name,
+                ms=times[name],
+                baseline=baseline,
+                baseline_ms=times[baseline],
+                speedup=times[baseline][1] / times[name][1],
+                agreement=agreement,
+                gate=gate,
+            )
+
+
+def cells(timer: Timer, device: torch.device) -> Iterator[Cell]:
+    """All networks, the small ones first."""
+    plan = (
+        (3, "spiking_resnet18", (32, 1, 8), True),
+        (5, "sew_resnet18", (32, 1, 8), False),
+        (5, "spiking_resnet50", (32, 1, 8), False),
+        (7, "spiking_resnet34", (32, 1, 8), False),
+        (7, "sew_resnet50", (32, 1, 8), False),
+        (9, "spiking_resnet101", (8, 1, 32), False),
+        (9, "spiking_resnet152", (8, 1, 32), False),
+    )
+    for priority, name, batches, compile_it in plan:
+        for batch in batches:
+            model = Model(name, batch, compile_it and batch == batches[0])
+            seconds = 60.0 if model.compiled else 12.0
+            yield Cell(model.title, priority, seconds, functools.partial(run, model, timer, device))
