@@ -91,8 +91,8 @@ def accelerate(
         example_input: what one forward call takes, for example ``[T, N, C, H, W]`` for a multi-step model: a tensor, a
             tuple (or list) of positional or a mapping of keyword arguments; wrap the input of a model that takes one
             list or dictionary in a tuple. Without it the first real call is the example.
-        backend: ``"auto"``, ``"cpu"`` (native engine), ``"torch"`` (no compiler needed) or ``"triton"``. Only
-            ``"auto"`` may fall back.
+        backend: ``"auto"`` (by the device of the tensors), ``"cpu"`` (native engine), ``"torch"`` (on the CPU without a
+            compiler) or ``"triton"`` (GPUs). Only ``"auto"`` may fall back.
         mode: ``"auto"`` chooses by measurement; ``"sparse"`` and ``"dense"`` force one path.
         include, exclude: glob patterns on qualified layer names (``"layer2.*"``), or ``(name, module) -> bool``.
         calibration: result of :func:`calibrate`, or its file: skips first-use measurement.

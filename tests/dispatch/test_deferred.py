@@ -17,6 +17,7 @@ from sparseflow.dispatch.observe import CalibrationObserver
 from sparseflow.dispatch.runtime import LayerRuntime, RuntimeConfig
 from sparseflow.dispatch.sites import Measured
 from sparseflow.kernels.base import counts
+from sparseflow.modules.swap import swap
 from sparseflow.plan import Path, Reason
 
 from .fake import LINEAR, FakeEvent, FakeKernel, columns, curve, install, no_waiting, runtime_for, spikes
@@ -168,6 +169,36 @@ def test_what_a_capture_meets_first_runs_dense_and_is_said_once(monkeypatch, cap
     assert kernel.prescans == 0
     assert len(caplog.records) == 1
     assert "before capturing" in caplog.text
+
+
+def test_a_captured_training_step_runs_dense(monkeypatch, caplog):
+    """The optimizer's changes between two replays would not reach the packed copy."""
+    runtime = runtime_for(monkeypatch, tile())
+    x = columns(0.3)
+    runtime.run(x, WEIGHT, None, LINEAR, training=True)
+    for module in (sites, runtime_module):
+        monkeypatch.setattr(module, "capturing", lambda x: True)
+    runtime.run(x, WEIGHT, None, LINEAR, training=True)
+    runtime.run(x, WEIGHT, None, LINEAR)
+    assert runtime.stats.calls == {Path.TILE: 2, Path.DENSE: 1}
+    assert "gradients are recorded" in caplog.text
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_layer_says_whether_gradients_are_recorded(monkeypatch, compiled):
+    torch._dynamo.reset()
+    runtime, seen = runtime_for(monkeypatch, tile()), []
+    layer = torch.nn.Linear(50, 8)
+    swap(layer, runtime)
+    run = LayerRuntime.run
+    monkeypatch.setattr(
+        LayerRuntime, "run", lambda *args, training=False: seen.append(training) or run(*args, training=training)
+    )
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    call(columns(0.3)).sum().backward()
+    with torch.no_grad():
+        call(columns(0.3))
+    assert seen == [True, False]
 
 
 def test_inside_a_graph_other_times_count(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,6 @@ from .stats import LayerStats
 
 __all__ = ["LayerRuntime", "LayerStats", "Observer", "RuntimeConfig"]
 
-logger = logging.getLogger("sparseflow")
 _MAX_SITES = 16
 
 Observer = Callable[["LayerRuntime", Tensor, Tensor, "Tensor | None", Call, Tensor, Path], None]
@@ -42,12 +40,11 @@ class LayerRuntime:
         self._reset_caches()
 
     def _reset_caches(self) -> None:
-        self._state = LayerState(self.stats, forced=self.config.mode == "sparse")
+        self._state = LayerState(self.plan.name, self.stats, forced=self.config.mode == "sparse")
         self._crossovers = CrossoverSource(self.plan.name, self.config)
         self._sites: collections.OrderedDict[tuple[object, ...], Site] = collections.OrderedDict()
         self._lock = threading.RLock()
         self._hopeless: dict[tuple[object, ...], Site] = {}
-        self._warned = False
         self.last_site: Site | None = None
         self.handle = functional.register_runner(self)
 
@@ -87,11 +84,18 @@ class LayerRuntime:
             self.stats.calls[Path.DENSE] += 1
         return passes
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        """Compute the layer, sparse or dense. ``weight`` may differ from ``x`` in dtype under autocast."""
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *, training: bool = False) -> Tensor:
+        """Compute the layer, sparse or dense. ``weight`` may differ from ``x`` in dtype under autocast.
+
+        ``training`` says that gradients are recorded. Such a call is captured dense: what the optimizer does to the
+        weight between two replays would not reach a packed copy.
+        """
         if self.disabled:
             return _dense(x, weight, bias, call)
-        path, y = self._site(x, weight, bias, call).attempt(x, weight, bias)
+        site = self._site(x, weight, bias, call)
+        if training and capturing(x):
+            site = self._captured_dense("gradients are recorded (torch.no_grad() is for inference)")
+        path, y = site.attempt(x, weight, bias)
         if y is None:
             y = _dense(x, weight, bias, call)
         self.stats.calls[path] += 1
@@ -105,22 +109,16 @@ class LayerRuntime:
         site = self._sites.get(key)
         if site is None:
             if capturing(x):
-                return self._unprepared(x)
+                return self._captured_dense(f"it never ran with input {tuple(x.shape)} {x.dtype}")
             with self._lock:
                 site = self._sites.get(key) or self._new_site(key, x, weight, bias, call)
         self.last_site = site
         return site
 
-    def _unprepared(self, x: Tensor) -> Site:
-        """Nothing can be measured or packed while a graph is captured."""
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: a CUDA graph is being captured with input %s %s, which this layer never ran: it runs dense in "
-                "that graph. Run the model once with such an input before capturing.",
-                *(self.plan.name, tuple(x.shape), x.dtype),
-            )
-        return _UNPREPARED
+    def _captured_dense(self, why: str) -> Site:
+        """The dense layer in a CUDA graph; nothing can be measured or packed while one is captured."""
+        self._state.say_captured_dense(why)
+        return _CAPTURED_DENSE
 
     def _new_site(self, key: tuple[object, ...], x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Site:
         site = self._sites[key] = self._bound(x, weight, bias, call)
@@ -165,7 +163,7 @@ class LayerRuntime:
         return dataclasses.replace(self.plan, **{**seen, **site.describe()})
 
 
-_UNPREPARED = DenseSite(Refusal(Reason.NOT_MEASURED, "captured before it was measured"))
+_CAPTURED_DENSE = DenseSite(None)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from .packing import PackedWeight
 from .policy import HYSTERESIS, BackOff, Policy, probe_interval
 from .resident import ResidentWeight
 from .stats import LayerStats
+
+logger = logging.getLogger("sparseflow")
 
 
 class Measured(NamedTuple):
@@ -31,6 +34,7 @@ class Measured(NamedTuple):
 class LayerState:
     """What the sites of one layer share. ``forced``: sparse whatever it costs."""
 
+    name: str
     stats: LayerStats
     forced: bool
     packed: PackedWeight = dataclasses.field(default_factory=PackedWeight)
@@ -38,10 +42,21 @@ class LayerState:
 
     def __post_init__(self) -> None:
         self.resident = ResidentWeight(self.mailbox)
+        self._said = False
 
     def acceptable_gain(self, gain_ms: float) -> float:
         """The gain that packing is weighed against."""
         return float("inf") if self.forced else gain_ms
+
+    def say_captured_dense(self, why: str) -> None:
+        """Log once that a CUDA graph is getting the dense layer."""
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "%s: runs dense in the CUDA graph that is being captured: %s. Run the model with such an input some times "
+                "before capturing.",
+                *(self.name, why),
+            )
 
 
 Attempt = tuple[Path, "Tensor | None"]
@@ -219,6 +234,7 @@ class DeferredSite:
         kernel, variant = candidate.kernel, candidate.graph.crossover.variant
         packed = self.layer.resident.captured(weight, kernel, variant)
         if packed is None:
+            self.layer.say_captured_dense("its weight has changed lately or is not finite")
             return _DENSE
         return kernel.path, kernel.compute(x, kernel.prescan(x, variant), packed, bias, variant)
 

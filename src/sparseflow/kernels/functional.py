@@ -2,7 +2,8 @@
 
 ``sparseflow::conv`` and ``sparseflow::linear`` carry fakes and gradients, so that ``torch.compile(fullgraph=True)``,
 ``torch.export`` and autograd see one opaque operation. Their last argument names a *runner*: the object that decides
-between dense and sparse for one layer and owns its packed weights. Runner ``0`` is stateless and always sparse.
+between dense and sparse for one layer and owns its packed weights; it is negative where gradients are recorded. Runner
+``0`` is stateless and always sparse.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .select import select
 class Runner(Protocol):
     """Decides how one layer runs; see :class:`sparseflow.dispatch.runtime.LayerRuntime`."""
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        """Compute the layer without recording gradients."""
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *, training: bool = False) -> Tensor:
+        """Compute the layer without recording gradients; ``training`` says that the caller records them."""
         ...
 
 
@@ -120,8 +121,11 @@ def conv_call(
     return ConvCall(_per_dim(stride, rank), pads, dilations, groups)
 
 
-def run_op(handle: int, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+def run_op(
+    handle: int, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *, training: bool = False
+) -> Tensor:
     """Run ``call`` through its registered operation: what compiled graphs and autograd record."""
+    handle = -handle if training else handle
     if isinstance(call, ConvCall):
         return torch.ops.sparseflow.conv(x, weight, bias, *_flat(call), handle)
     return torch.ops.sparseflow.linear(x, weight, bias, handle)
@@ -149,10 +153,10 @@ def _unflat(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[in
 def _run(handle: int, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     if handle == STATELESS:
         return _run_stateless(x, weight, bias, call)
-    runner = _runners.get(handle)
+    runner = _runners.get(abs(handle))
     if runner is None:  # an exported graph outlives the layer it was recorded from
         return call.dense(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return runner.run(x, weight, bias, call)
+    return runner.run(x, weight, bias, call, training=handle < 0)
 
 
 def _run_stateless(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:

@@ -94,10 +94,11 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _record(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Put the layer's registered operation into the graph that is being compiled or exported."""
-    x = _autocast(x)
+    x, training = _autocast(x), _needs_grad(x, weight, bias)
+    handle = layer._sparseflow.handle
     if isinstance(call, ConvCall) and x.dim() == weight.dim() - 1:
-        return functional.run_op(layer._sparseflow.handle, x.unsqueeze(0), weight, bias, call).squeeze(0)
-    return functional.run_op(layer._sparseflow.handle, x, weight, bias, call)
+        return functional.run_op(handle, x.unsqueeze(0), weight, bias, call, training=training).squeeze(0)
+    return functional.run_op(handle, x, weight, bias, call, training=training)
 
 
 def _run(runtime: LayerRuntime, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
@@ -111,7 +112,7 @@ def _run(runtime: LayerRuntime, x: Tensor, weight: Tensor, bias: Tensor | None, 
     if _needs_grad(x, weight, bias):
         if runtime.always_dense(x, weight, bias, call):
             return call.dense(x, weight, bias)
-        return functional.run_op(runtime.handle, x, weight, bias, call)
+        return functional.run_op(runtime.handle, x, weight, bias, call, training=True)
     return runtime.run(x, weight, bias, call)
 
 
