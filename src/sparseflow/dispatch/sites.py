@@ -53,8 +53,8 @@ class LayerState:
         if not self._said:
             self._said = True
             logger.warning(
-                "%s: runs dense in the CUDA graph that is being captured: %s. Run the model with such an input some times "
-                "before capturing.",
+                "%s: runs dense in the CUDA graph that is being captured: %s. Run the model with such an input some "
+                "times before capturing.",
                 *(self.name, why),
             )
 
