@@ -121,7 +121,7 @@ def runtime_for(monkeypatch, *pairs, mode="auto"):
     install(monkeypatch, *(kernel for kernel, _ in pairs))
     plan = LayerPlan("layer", "linear", Path.DENSE, Reason.NOT_MEASURED, Provenance.BINARY)
     runtime = LayerRuntime(plan, RuntimeConfig(mode=mode))
-    monkeypatch.setattr(runtime._crossovers, "of", lambda *_: tuple(measured for _, measured in pairs))
+    monkeypatch.setattr(runtime._crossovers, "of", lambda *_: pairs)
     return runtime
 
 

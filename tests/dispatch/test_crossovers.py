@@ -72,6 +72,17 @@ def test_switches_that_contradict_each_other_can_still_be_read(gpu, monkeypatch)
     assert conditions(gpu) == ("ieee", "ieee")
 
 
+def test_a_kernel_that_needs_too_much_memory_is_not_used(monkeypatch, caplog):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(crossovers, "measure", fail)
+    monkeypatch.setattr(crossovers.shared_cache, "get", lambda key: None)
+    arguments = torch.zeros(5, 16), WEIGHT, None, LINEAR
+    assert CrossoverSource("conv1", RuntimeConfig()).of((FakeKernel(),), *arguments) == ()
+    assert "conv1: no memory left" in caplog.text
+
+
 def test_kernels_of_one_layer_share_its_budget_and_count_once(monkeypatch):
     shares = []
 
@@ -87,5 +98,5 @@ def test_kernels_of_one_layer_share_its_budget_and_count_once(monkeypatch):
     with progress.measuring(5, config.budget):
         found = source.of((FakeKernel(), FakeEvent()), torch.zeros(5, 16), WEIGHT, None, LINEAR)
         assert progress._active.get().done == 1
-    assert [measured.eager.axis for measured in found] == ["occupancy", "density"]
+    assert [measured.eager.axis for _, measured in found] == ["occupancy", "density"]
     assert shares == [config.budget.layer_ms / 2] * 2

@@ -238,6 +238,22 @@ def test_the_plan_names_what_runs_and_its_load(monkeypatch):
     assert (plan.path, plan.reason, plan.occupancy) == (Path.DENSE, Reason.DENSE_WINS, 0.9)
 
 
+def test_a_layer_without_memory_to_measure_runs_dense_and_says_so(monkeypatch):
+    runtime = runtime_for(monkeypatch, tile())
+    monkeypatch.setattr(runtime._crossovers, "of", lambda *_: ())
+    assert paths(runtime, columns(0.1)) == [Path.DENSE]
+    assert "no memory" in runtime.describe().detail
+
+
+def test_a_kernel_that_never_wins_is_not_looked_at(monkeypatch):
+    hopeless, measured = tile(at_zero=3.0, at_one=4.0)
+    runtime = runtime_for(monkeypatch, (hopeless, measured), event())
+    for x in [torch.zeros(20, 50), torch.ones(20, 50)] * 300:
+        runtime.run(x, WEIGHT, None, LINEAR)
+    assert hopeless.prescans == 1
+    assert Path.TILE not in runtime.stats.calls
+
+
 def test_what_never_wins_passes_by(monkeypatch):
     kernel, measured = tile(at_zero=3.0, at_one=4.0)
     runtime = runtime_for(monkeypatch, (kernel, measured))

@@ -48,6 +48,10 @@ def test_sparse_that_never_wins_is_never_scanned():
     assert all(policy.skip_scan() for _ in range(1000))
 
 
+def test_sparse_that_never_wins_does_not_win_on_silence():
+    assert not Policy(crossover(0.0)).decide(0.0)
+
+
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_probing_costs_at_most_one_percent_or_is_at_its_rarest(dense_ms, prescan_ms):
     interval = probe_interval(crossover(0.2, dense_ms, prescan_ms))

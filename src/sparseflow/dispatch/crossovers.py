@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Hashable
 
@@ -20,6 +21,7 @@ from .measure import measure
 from .progress import layer_budget, note_disturbed
 from .sites import Measured
 
+logger = logging.getLogger("sparseflow")
 _MAX_MEASURED = 8
 _FORCED_LOAD = 1.0
 shared_cache = CrossoverCache()
@@ -47,8 +49,11 @@ class CrossoverSource:
 
     def of(
         self, kernels: tuple[Kernel, ...], x: Tensor, weight: Tensor, bias: Tensor | None, call: Call
-    ) -> tuple[Measured, ...]:
-        """Crossovers of every kernel for this signature; what is missing is measured within one layer's budget."""
+    ) -> tuple[tuple[Kernel, Measured], ...]:
+        """The kernels with their crossovers for this signature; what is missing is measured within one layer's budget.
+
+        A kernel that there is no memory to measure is left out.
+        """
         found = [self._found(kernel, x, weight, call) for kernel in kernels]
         missing = found.count(None)
         if missing:
@@ -56,7 +61,8 @@ class CrossoverSource:
                 share = dataclasses.replace(budget, layer_ms=budget.layer_ms / missing)
                 pairs = zip(kernels, found, strict=True)
                 found = [known or self._measure(kernel, x, weight, bias, call, share) for kernel, known in pairs]
-        return tuple(measured for measured in found if measured is not None)
+        pairs = zip(kernels, found, strict=True)
+        return tuple((kernel, measured) for kernel, measured in pairs if measured is not None)
 
     def _found(self, kernel: Kernel, x: Tensor, weight: Tensor, call: Call) -> Measured | None:
         """What is known without measuring: the signature's own figures, or in the end those of the nearest size."""
@@ -77,13 +83,17 @@ class CrossoverSource:
 
     def _measure(
         self, kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, budget: MeasureBudget
-    ) -> Measured:
+    ) -> Measured | None:
         keys = crossover_keys(kernel, x, weight, call)
-        if x.is_cuda:
-            found = Measured(*measure_on_gpu(keys, kernel, x, weight, bias, call, budget))
-        else:
-            crossover = measure(keys[0], kernel, x, weight, bias, call, budget)
-            found = Measured(crossover, crossover)
+        try:
+            if x.is_cuda:
+                found = Measured(*measure_on_gpu(keys, kernel, x, weight, bias, call, budget))
+            else:
+                crossover = measure(keys[0], kernel, x, weight, bias, call, budget)
+                found = Measured(crossover, crossover)
+        except torch.OutOfMemoryError:
+            logger.warning("%s: no memory left to measure the %s kernel; it is not used", self.layer, kernel.path)
+            return None
         self._measured.setdefault(kernel.path, []).append((x.numel(), found))
         for crossover in dict.fromkeys(found):
             if crossover.quiet:

@@ -65,7 +65,7 @@ class Policy:
     def decide(self, load: float) -> bool:
         """Whether sparse runs, given the load (on the crossover's axis) of its input; remembers the answer."""
         limit = self.crossover.density * (1 + HYSTERESIS if self.sparse else 1 - HYSTERESIS)
-        self.sparse = load <= min(limit, 1.0)
+        self.sparse = load <= min(limit, 1.0) and not self.never
         if self.sparse:
             self._looks.reset()
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import threading
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class ResidentWeight:
         self._asked = self._read = self._poisoned = False
         self._copies: dict[_Form, _Copy] = {}
         self._orphans: list[_Copy] = []
+        self._lock = threading.RLock()
 
     @property
     def settled(self) -> bool:
@@ -111,14 +113,15 @@ class ResidentWeight:
 
     def refresh(self, weight: Tensor) -> None:
         """Pack ``weight`` anew now into the copies that captured graphs read; the others are packed when next used."""
-        self._restart(WeightState.of(weight))
-        self._expected = math.inf
-        for form, copy in list(self._copies.items()):
-            copy.state = None
-            if not copy.captured:
-                del self._copies[form]
-            elif copy.values is not None and leaves(copy.values)[0].device == weight.device:
-                self._pack(weight, copy.kernel, copy.variant, settled=True)
+        with self._lock:
+            self._restart(WeightState.of(weight))
+            self._expected = math.inf
+            for form, copy in list(self._copies.items()):
+                copy.state = None
+                if not copy.captured:
+                    del self._copies[form]
+                elif leaves(copy.values)[0].device == weight.device:
+                    self._pack(weight, copy.kernel, copy.variant, settled=True)
 
     def _restart(self, state: WeightState) -> None:
         if self._state is not None:
@@ -127,7 +130,7 @@ class ResidentWeight:
 
     def _pack(self, weight: Tensor, kernel: Kernel, variant: str, settled: bool) -> _Copy | None:
         # Tensors made in inference mode could not be written again outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             cast = weight.detach().to(kernel.dtype)
             self._check(cast, settled)
             if self._poisoned:

@@ -134,13 +134,14 @@ class LayerRuntime:
         if not x.numel():
             return DenseSite(None)
         if self._state.forced:
-            kernels = kernels[:1]
-            measured = tuple(forced(kernel, x, weight, call) for kernel in kernels)
+            found = ((kernels[0], forced(kernels[0], x, weight, call)),)
         else:
-            measured = self._crossovers.of(kernels, x, weight, bias, call)
+            found = self._crossovers.of(kernels, x, weight, bias, call)
+        if not found:
+            return DenseSite(Refusal(Reason.NO_ENGINE, "there was no memory to measure it"))
         if not kernels[0].deferred:
-            return HostSite(kernels[0], measured[0], self._state)
-        site = DeferredSite(kernels, measured, self._state)
+            return HostSite(*found[0], self._state)
+        site = DeferredSite(found, self._state)
         site.prime(x)
         return site
 

@@ -167,6 +167,16 @@ class _Candidate:
     def policy(self, graphed: bool) -> Policy:
         return self.graph if graphed else self.eager
 
+    @property
+    def useful(self) -> bool:
+        """Whether there is a load at which it would run."""
+        return not (self.eager.never and self.graph.never)
+
+    @property
+    def tells_density(self) -> bool:
+        """Whether its load is one that every kernel counts."""
+        return self.kernel.axis == DENSITY
+
 
 class DeferredSite:
     """Kernels whose counts stay on the device: a call is decided by what arrived from earlier ones.
@@ -176,19 +186,17 @@ class DeferredSite:
     CUDA graph runs what is chosen at that moment, and every replay of the graph runs the same.
     """
 
-    def __init__(self, kernels: tuple[Kernel, ...], measured: tuple[Measured, ...], layer: LayerState):
+    def __init__(self, candidates: tuple[tuple[Kernel, Measured], ...], layer: LayerState):
         self.layer = layer
-        self._candidates = [
-            _Candidate(k, Policy(m.eager), Policy(m.graph)) for k, m in zip(kernels, measured, strict=True)
-        ]
+        self._candidates = [_Candidate(kernel, Policy(m.eager), Policy(m.graph)) for kernel, m in candidates]
         self._running: dict[bool, _Candidate | None] = {False: None, True: None}
         self._reports = BackOff(1)
-        self._looks = BackOff(max(probe_interval(m.eager) for m in measured))
+        self._looks = BackOff(max(probe_interval(m.eager) for _, m in candidates))
         self._turn = 0
 
     @property
     def never(self) -> bool:
-        return all(c.eager.never and c.graph.never for c in self._candidates)
+        return not any(c.useful for c in self._candidates)
 
     @property
     def candidates(self) -> tuple[tuple[Kernel, Measured], ...]:
@@ -254,7 +262,7 @@ class DeferredSite:
         if not self._looks.due():
             return
         self._looks.back_off()
-        unseen = [c for c in self._candidates if c is not running and not (running and c.kernel.axis == DENSITY)]
+        unseen = [c for c in self._candidates if c.useful and c is not running and not (running and c.tells_density)]
         if unseen:
             self._turn = (self._turn + 1) % len(unseen)
             candidate = unseen[self._turn]
@@ -272,7 +280,7 @@ class DeferredSite:
         """Take in counts: every kernel learns the density, only the one that counted its own occupancy."""
         self.layer.stats.add(seen)
         for other in self._candidates:
-            if other is candidate or other.kernel.axis == DENSITY:
+            if other is candidate or other.tells_density:
                 other.load = seen.load(other.kernel.axis)
         if self._choose():
             self._reports.reset()
