@@ -106,7 +106,6 @@ class Skipped:
 
 
 Row = LayerRow | ModelRow | Figure | Skipped
-_ROWS = {row.__dataclass_fields__["kind"].default: row for row in (LayerRow, ModelRow, Figure, Skipped)}
 
 
 def to_json(row: Row) -> dict[str, Any]:
@@ -125,14 +124,6 @@ def to_json(row: Row) -> dict[str, Any]:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise ValueError(f"{name} of {row} is not finite")
     return data
-
-
-def from_json(data: dict[str, Any]) -> Row:
-    """The row that :func:`to_json` wrote. Raises ``TypeError`` for missing or unknown fields."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    if "gate" in fields:
-        fields["gate"] = Gate(**fields["gate"])
-    return _ROWS[data["kind"]](**fields)
 
 
 class Journal:

@@ -1,9 +1,10 @@
 """Compile recorded launches for a GPU that need not be there, and read what the compiler made of them.
 
-    python -m sparseflow.kernels.triton.compile [--target sm_90]... [--cover sm_80]... [--only TEXT] [--json]
+    python -m sparseflow.kernels.triton.compile [--target sm_90]... [--cover sm_80]... [--sample sm_100]... [--json]
 
-compiles every kernel and variant that can ship for the layers of :mod:`.catalogue`: all of them for ``--target``, and a
-covering subset (:func:`covering`) for ``--cover``. Run it without ``TRITON_INTERPRET``.
+compiles the kernels and variants that can ship for the layers of :mod:`.catalogue`: all of them (about a thousand) for
+``--target``, a covering subset (:func:`covering`) for ``--cover``, and the start of that subset for ``--sample``.
+Run it without ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import multiprocessing
 import re
@@ -46,6 +46,7 @@ _INSTRUCTIONS = {
     "ld.global.v4": r"ld\.global[\w.:]*\.v[48]\.",
     "mfma": r"\bv_mfma",
 }
+_SAMPLE = 24
 _LABEL = re.compile(r"^\s*([$.]?\w+):")
 _BRANCH = re.compile(r"\b(?:bra|s_cbranch|s_branch)\S*\s+([$.]?\w+)")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -224,11 +225,15 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 def covering(launches: Iterable[Launch]) -> list[Launch]:
     """A small subset in which every constant's value, every specialised argument and every warp and stage count of each
-    kernel occurs at least once: greedily, the launch that adds most comes next."""
+    kernel occurs at least once: greedily, the launch that adds most comes next.
+
+    >>> covering([])
+    []
+    """
     pool = list(launches)
     features = {index: _features(launch) for index, launch in enumerate(pool)}
     missing = set().union(*features.values())
-    kept = []
+    kept: list[Launch] = []
     while missing:
         best = max(features, key=lambda index: len(features[index] & missing))
         missing -= features.pop(best)
@@ -258,7 +263,14 @@ class _Job:
         try:
             return compile_launch(dataclasses.replace(self.launch, kernel=kernel), self.target)
         except Exception as error:  # the compiler has many; every other launch is worth compiling all the same
-            return Failure(self.launch.kernel, self.target, dict(self.launch.constants), str(error)[-500:])
+            return Failure(self.launch.kernel, self.target, dict(self.launch.constants), _said(error))
+
+
+def _said(error: BaseException) -> str:
+    """The end of the compiler's message, and what it goes back to: Triton wraps an error once for each call."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[-500:]}"
 
 
 def compile_all(jobs: Sequence[tuple[Launch, str]], workers: int = 2) -> Iterator[Compiled | Failure]:
@@ -280,13 +292,23 @@ def _row(built: Compiled | Failure) -> str:
     )
 
 
+def _jobs(options: argparse.Namespace, everything: list[Launch]) -> Iterator[tuple[Launch, str]]:
+    subset = covering(everything) if options.cover or options.sample else []
+    wanted = ((options.target, everything), (options.cover, subset), (options.sample, subset[:_SAMPLE]))
+    for targets, some in wanted:
+        yield from ((launch, target) for target in targets for launch in some)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; exit code 1 when a kernel does not compile, 2 when none can be compiled."""
+    """Command line; ``--target sm_90`` where no target is named. Exit code 1 when a kernel does not compile,
+    2 when none can be compiled.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, default=[], help="compile everything for it")
     parser.add_argument(
         "--cover", action="append", choices=TARGETS, default=[], help="compile a covering subset for it"
     )
+    parser.add_argument("--sample", action="append", choices=TARGETS, default=[], help="compile a few for it")
     parser.add_argument("--only", default="", help="substring of the catalogue's layers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -294,16 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interpreting():
         print("nothing can be compiled under TRITON_INTERPRET=1", file=sys.stderr)
         return 2
+    if not (options.target or options.cover or options.sample):
+        options.target = ["sm_90"]
     from .catalogue import launches
 
-    everything = distinct(launches(options.only))
-    goals = options.target or ([] if options.cover else ["sm_90"])
-    jobs = itertools.chain(
-        ((launch, target) for target in goals for launch in everything),
-        ((launch, target) for target in options.cover for launch in covering(everything)),
-    )
+    jobs = [job for job in _jobs(options, distinct(launches(options.only))) if unsupported(job[1]) is None]
     rows = []
-    for built in compile_all([job for job in jobs if unsupported(job[1]) is None], options.workers):
+    for built in compile_all(jobs, options.workers):
         rows.append(built)
         if not options.json:
             print(_row(built), flush=True)
