@@ -147,6 +147,15 @@ def test_what_a_graph_reads_stays_and_is_packed_by_refresh(layer):
     assert torch.equal(captured.rows, replaced.t())
 
 
+def test_a_graph_reads_a_weight_that_is_not_finite_after_refresh(layer):
+    layer.call()
+    captured = layer.packed.captured(layer.weight, layer.kernel, "a")
+    layer.weight[1, 2] = math.nan
+    layer.packed.refresh(layer.weight)
+    assert captured.rows[2, 1].isnan()
+    assert layer.call() is None
+
+
 def test_a_capture_packs_nothing(layer):
     assert layer.packed.captured(layer.weight, layer.kernel, "a") is None
     layer.call()

@@ -101,7 +101,7 @@ class ResidentWeight:
             if crossover.pack_ms > gain_ms * max(self._expected, self._calls):
                 return None
             copy = self._pack(weight, kernel, crossover.variant, settled)
-        return None if copy is None else copy.on_current_stream()
+        return None if copy is None or self._poisoned else copy.on_current_stream()
 
     def captured(self, weight: Tensor, kernel: Kernel, variant: str) -> Any:
         """The packed weight for a call that is being captured, ``None`` if there is no current copy; packs nothing."""
@@ -133,8 +133,9 @@ class ResidentWeight:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             cast = weight.detach().to(kernel.dtype)
             self._check(cast, settled)
-            if self._poisoned:
-                return None
+            held = self._copies.get((type(kernel), variant, kernel.dtype))
+            if self._poisoned and not (held is not None and held.captured):
+                return None  # but a graph has to read what the weight is now, whatever that is
             values = _own(kernel.pack(cast, variant, inspect=settled), weight)
             return self._keep(kernel, variant, values, settled)
 
