@@ -72,6 +72,8 @@ def resnet50(side: int) -> tuple[LayerShape, ...]:
         if stage:
             layers += [_conv(before, width, 2 * size, 1), _conv(width, width, 2 * size, 3, stride=2)]
             layers.append(_conv(before, 4 * width, 2 * size, 1, stride=2))
+        else:
+            layers.append(_conv(before, width, size, 1))
         layers += [_conv(width, width, size, 3), _conv(width, 4 * width, size, 1), _conv(4 * width, width, size, 1)]
         before = 4 * width
     return tuple(layers)

@@ -17,7 +17,7 @@ import sparseflow
 from .layers import STEPS
 from .records import Gate, ModelRow, RedGate, Row, Skipped
 from .runner import Cell
-from .timing import Run, Sampler, Timer, alternate
+from .timing import Sampler, Timer, alternate
 
 _WEIGHTS = "random weights, batch norm calibrated on smooth noise"
 _SIDE = 224
@@ -82,7 +82,7 @@ def _reset(net: nn.Module) -> None:
     functional.reset_net(net)
 
 
-def answers(net: Callable[[Tensor], Tensor], owner: nn.Module, xs: list[Tensor]) -> Run:
+def answers(net: Callable[[Tensor], Tensor], owner: nn.Module, xs: list[Tensor]) -> Callable[[int], Tensor]:
     """Runs a network on input ``i`` from rest."""
 
     def run(i: int) -> Tensor:
