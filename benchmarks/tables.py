@@ -14,8 +14,10 @@ import pathlib
 import re
 import sys
 
+from benchmarks.gpu.summary import GOALS
+
 _ROOT = pathlib.Path(__file__).parents[1]
-_FILES = ("README.md", "docs/benchmarks.md", "docs/cpu-kernels.md", "docs/gpu-kernels.md")
+_FILES = ("README.md", "docs/benchmarks.md", "docs/cpu-kernels.md", "docs/gpu-kernels.md", "docs/gpu-benchmarks.md")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
 
@@ -94,12 +96,66 @@ def machine() -> str:
     return _table(["", "value"], [[name, str(env.get(name, ""))] for name in names])
 
 
+_OCCUPANCIES, _EVENT_DENSITIES = (0.0, 0.1, 0.34, 0.56, 1.0), (0.001, 0.01)
+
+
+def _gpu() -> dict:
+    """What a GPU measured; empty before the first run."""
+    path = _ROOT / "benchmarks" / "results" / "gpu.json"
+    return json.loads(path.read_text()) if path.exists() else {"rows": [], "goals": []}
+
+
+def gpu_goals() -> str:
+    """The project's goals on the GPU, and what the committed run says of each."""
+    told = {goal["goal"]: goal["measured"] for goal in _gpu()["goals"]}
+    rows = [[goal.text, f"{goal.at_least:g}x", told.get(goal.text, "not measured yet")] for goal in GOALS]
+    return _table(["over the strongest dense way, prescan included", "goal", "measured"], rows)
+
+
+def roofline_float16() -> str:
+    """Predicted time of layers on an H200, and what was measured."""
+    return _roofline("float16")
+
+
+def roofline_float32() -> str:
+    """The same for float32 without TF32."""
+    return _roofline("float32")
+
+
+def _roofline(dtype: str) -> str:
+    rows = [row for row in _load("roofline.json")["rows"] if row["dtype"] == dtype]
+    head = ["layer, T*N", "dense, predicted ms", *(f"tile, {share:.0%} occupied" for share in _OCCUPANCIES)]
+    head += [*(f"event, {density:.1%}" for density in _EVENT_DENSITIES), "measured: dense ms", "measured: best at 10 %"]
+    body = []
+    for layer, batch in dict.fromkeys((row["layer"], row["steps_times_batch"]) for row in rows):
+        mine = [row for row in rows if row["layer"] == layer]
+        ratios = {(row["path"], row["load"]): f"{row['speedup']:.2f}x" for row in mine}
+        cells = [ratios["tile", share] for share in _OCCUPANCIES]
+        cells += [ratios["event", density] for density in _EVENT_DENSITIES if ("event", density) in ratios]
+        dense = f"{mine[0]['ms']:.4f} ({mine[0]['bound']})"
+        body.append([f"{layer}, {batch}", dense, *cells, *_measured(layer, batch, dtype)])
+    return _table(head, body)
+
+
+def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]:
+    """Dense ms of a layer, and the best ratio over it at 10 % density, prescan included."""
+    case = {"layer": layer, "steps_times_batch": steps_times_batch, "dtype": dtype, "includes_prescan": True}
+    rows = [row for row in _gpu()["rows"] if row["kind"] == "layer" and case.items() <= row.items()]
+    rows = [row for row in rows if row["baseline"].startswith("dense")]
+    ratios = [row["speedup"] for row in rows if row["target"] == 0.1]
+    dense = f"{rows[0]['baseline_ms'][1]:.4f}" if rows else "none yet"
+    return dense, f"{max(ratios):.2f}x" if ratios else "none yet"
+
+
 TABLES = {
     "cpu_kernels": cpu_kernels,
     "end_to_end": end_to_end,
     "density_sweep": density_sweep,
     "machine": machine,
     "occupancy": occupancy,
+    "gpu_goals": gpu_goals,
+    "roofline_float16": roofline_float16,
+    "roofline_float32": roofline_float32,
 }
 
 
