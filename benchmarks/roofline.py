@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.layers import LINEAR, LayerShape, resnet18, resnet50
-from sparseflow.kernels.base import ConvCall
+from sparseflow.kernels.base import ConvCall, Refusal
 from sparseflow.kernels.geometry import ConvGeometry
-from sparseflow.kernels.select import Refusal
 from sparseflow.kernels.triton.backend import bind_all
 from sparseflow.kernels.triton.cost import H200, dense, predict
 from sparseflow.kernels.triton.launch import recording

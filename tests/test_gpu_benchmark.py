@@ -274,7 +274,24 @@ def test_a_wrong_kernel_has_no_row_and_the_right_one_keeps_its_own(monkeypatch):
     skipped = [row for row in rows if row.kind == "skipped"]
     assert len(skipped) == 1
     assert "budgets off" in skipped[0].reason
+    assert "tile" in skipped[0].name
     assert {(row.path, row.target) for row in rows if row.kind == "layer"} == {("tile", 0.02), ("event", 0.02)}
+
+
+def test_a_variant_that_does_not_compile_leaves_the_others_standing(monkeypatch):
+    right = SparseWay.of.__func__
+
+    def broken(cls, kernel, variant, weights):
+        if variant == kernel.variants()[0]:
+            raise RuntimeError("out of resource: shared memory")
+        return right(cls, kernel, variant, weights)
+
+    monkeypatch.setattr(SparseWay, "of", classmethod(broken))
+    rows = sweep.run(Sweep("test", TINY, 1, torch.float16, ((INDEPENDENT, 0.05),)), FakeTimer(), CPU)
+    skipped = [row for row in rows if row.kind == "skipped"]
+    assert len(skipped) == 2
+    assert all("shared memory" in row.reason for row in skipped)
+    assert {row.path for row in rows if row.kind == "layer"} == {"tile", "event"}
 
 
 # The path of a layer sweep, in Triton's interpreter
@@ -282,14 +299,14 @@ def test_a_wrong_kernel_has_no_row_and_the_right_one_keeps_its_own(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=sweep.short)
 def test_a_sweep_runs_through_every_kernel(dtype):
-    case = Sweep("test", TINY, 2, dtype, ((PERSISTENT, 0.05),), as_published=True)
+    case = Sweep("test", TINY, 2, dtype, ((PERSISTENT, 0.05),), as_published=True, dispatched=True)
     rows = [to_json(row) for row in sweep.run(case, FakeTimer(), CPU)]
-    assert {row["path"] for row in rows} == {"tile", "event"}
+    assert {row["path"] for row in rows} == {"tile", "event", "dispatched"}
     assert {row["includes_prescan"] for row in rows} == {True, False}
     assert all(row["dtype"] == sweep.short(dtype) and row["speedup"] > 0 for row in rows)
     assert all(0.0 <= row["load"] <= 1.0 and row["gate"]["worst"] <= 1.0 for row in rows)
     dense = [row for row in rows if row["baseline"].startswith("dense")]
-    assert [row["includes_prescan"] for row in dense] == [True, True]
+    assert [row["includes_prescan"] for row in dense] == [True, True, True]
 
 
 def test_a_linear_sweep_turns_its_weights(monkeypatch):
@@ -317,8 +334,8 @@ def test_the_strongest_dense_way_is_the_baseline():
     kernel = case.kernels()[0]
     way = SparseWay.of(kernel, kernel.variants()[0], case.weights)
     x = case.spikes(INDEPENDENT, 0.2)[0]
-    point = Sweep("test", TINY, 2, torch.float32, ())
-    honest, eager = sweep.rows_of(point, case, way, Gate(0.1, "all"), (INDEPENDENT, 0.2), x, times, "way")
+    row = sweep.RowMaker(Sweep("test", TINY, 2, torch.float32, ()), case, (INDEPENDENT, 0.2), times)
+    honest, eager = row.of_way("way", way, Gate(0.1, "all"), x)
     assert ("compiled" in honest.baseline, honest.speedup) == (True, 3.0)
     assert ("eager" in eager.baseline, eager.speedup) == (True, 18.0)
 
@@ -415,6 +432,20 @@ def test_without_a_gpu_there_is_one_line_and_exit_code_2(tmp_path, capsys, monke
     assert command.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "benchmarks.gpu: no CUDA device is visible\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_ends_with_all_rows_in_one_file_and_a_summary(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "visible", lambda: [Gpu(0, 1000, 0)])
+    monkeypatch.setattr(command, "identity", lambda device, commit: {"device": device, "commit": commit})
+
+    def worker(arguments, journal, budget, run):
+        assert arguments[arguments.index("--commit") + 1] == "abc"
+        assert run_cells([Cell("copy", 0, 1.0, lambda: [figure("copy bandwidth", 4.3)])], journal, budget, run)
+
+    monkeypatch.setattr(command, "supervise", worker)
+    assert command.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
+    assert "copy bandwidth 4.3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gpu.json").read_text())["identity"] == {"device": 0, "commit": "abc"}
 
 
 def test_goals_are_judged_by_the_fastest_way_over_honest_baselines(journal, tmp_path):

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparseflow.kernels.base import Counts, counts
+from sparseflow.dispatch.runtime import LayerRuntime, RuntimeConfig
+from sparseflow.kernels.base import ConvCall, Counts, Refusal, counts
 from sparseflow.kernels.reference import excess
-from sparseflow.kernels.select import Refusal
+from sparseflow.modules.swap import swap
+from sparseflow.plan import LayerPlan, Path, Provenance, Reason
 
 from .layers import LayerShape
 from .records import Gate, RedGate
@@ -22,6 +24,9 @@ _CHECKED_OUTPUTS = 4_000_000
 _MOST_INPUTS = 8
 _INPUT_BYTES = 4 << 30
 _CPU_CACHE = 32 << 20
+_SETTLING = 4
+
+DenseLayer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +78,38 @@ class Problem:
         """The inputs, all different."""
         return [draw(pattern, self.like, density, seed) for seed in range(1, self.inputs + 1)]
 
-    def dense(self, xs: list[Tensor]) -> Run:
-        """PyTorch's own layer in this dtype and layout."""
-        return lambda i: self.layer.call.dense(xs[i], self.weights[i % len(self.weights)], None)
+    def dense_layers(self, *, compiled: bool) -> dict[str, DenseLayer]:
+        """PyTorch's own layer in this dtype and layout, and the same under ``torch.compile``."""
+        layers: dict[str, DenseLayer] = {"dense": self.layer.call.dense}
+        if compiled:
+            torch._dynamo.reset()
+            layers["dense compiled"] = torch.compile(self.layer.call.dense, dynamic=False)
+        return layers
 
-    def compiled(self, xs: list[Tensor]) -> Run:
-        """The same under ``torch.compile``."""
-        torch._dynamo.reset()
-        layer = torch.compile(self.layer.call.dense, dynamic=False)
+    def dense(self, layer: DenseLayer, xs: list[Tensor]) -> Run:
+        """One of these layers on the inputs."""
         return lambda i: layer(xs[i], self.weights[i % len(self.weights)], None)
+
+    def dispatched(self) -> nn.Module:
+        """The layer as :func:`sparseflow.accelerate` leaves it, to be run by what it measured and what it sees."""
+        shape, call = self.layer, self.layer.call
+        with torch.device("meta"):
+            if isinstance(call, ConvCall):
+                pad = call.padding[0][0]
+                layer = nn.Conv2d(shape.c_in, shape.c_out, shape.kernel, shape.stride, pad, bias=False)
+            else:
+                layer = nn.Linear(shape.c_in, shape.c_out, bias=False)
+        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        plan = LayerPlan(shape.name, shape.name, Path.DENSE, Reason.NOT_MEASURED, Provenance.BINARY)
+        swap(layer.eval(), LayerRuntime(plan, RuntimeConfig()))
+        return layer
+
+    def settle(self, layer: nn.Module, xs: list[Tensor]) -> None:
+        """Let a dispatched layer see the inputs: what it counts arrives after the call that counted it."""
+        for x in xs * _SETTLING:
+            layer(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
 
     def eager_float32(self, xs: list[Tensor]) -> Run:
         """The layer as a user wrote it: float32, contiguous."""

@@ -37,8 +37,8 @@ class LayerRow:
 
     ``density`` was counted, ``target`` was asked for; ``load`` is what the kernel's time follows: density, or the share
     of occupied (tile, channel) pairs (``axis``). ``prescan_ms`` is contained in ``ms`` where ``includes_prescan`` says
-    so. ``speedup`` is the ratio of medians, ``baseline`` over this. ``cold`` says that the inputs in rotation exceed
-    the last-level cache.
+    so, and unknown of a layer that was dispatched. ``speedup`` is the ratio of medians, ``baseline`` over this.
+    ``cold`` says that the inputs in rotation exceed the last-level cache.
     """
 
     stage: str
@@ -53,7 +53,7 @@ class LayerRow:
     axis: str
     load: float
     ms: Quantiles
-    prescan_ms: float
+    prescan_ms: float | None
     includes_prescan: bool
     baseline: str
     baseline_ms: Quantiles

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import EFFICIENCY, HEADLINE, LINEAR, LayerShape, resnet18, resnet50
-from .problem import Problem, SparseWay
+from .problem import DenseLayer, Problem, SparseWay
 from .records import Gate, LayerRow, Quantiles, RedGate, Row, Skipped
-from .runner import Cell
+from .runner import Cell, is_fatal
 from .spikes import CLUSTERED, INDEPENDENT, PERSISTENT
 from .timing import Sampler, Timer, alternate
 
 Point = tuple[str, float]
+DISPATCHED = "dispatched"
 _REPEATS = 15
 _VARIANT_REPEATS = 5
 _VARIANT_POINT = {"occupancy": (CLUSTERED, 0.1), "density": (INDEPENDENT, 0.005)}
@@ -34,7 +36,7 @@ class Sweep:
     """One layer, batch and dtype, and the points to measure it at.
 
     ``compiled`` adds ``torch.compile`` to the dense ways; ``as_published`` the predecessor's comparison (second stage
-    alone against eager float32), labelled.
+    alone against eager float32), labelled; ``dispatched`` the layer as users get it.
     """
 
     stage: str
@@ -44,6 +46,7 @@ class Sweep:
     points: tuple[Point, ...]
     compiled: bool = False
     as_published: bool = False
+    dispatched: bool = False
 
     @property
     def name(self) -> str:
@@ -57,61 +60,101 @@ def short(dtype: torch.dtype) -> str:
 
 
 def run(sweep: Sweep, timer: Timer, device: torch.device) -> list[Row]:
-    """All rows of one sweep; a kernel that is wrong somewhere has no row there but says so."""
+    """All rows of one sweep; what is wrong or does not run has no row but says so."""
     with torch.no_grad():
         problem = Problem.of(sweep.layer, sweep.steps_times_batch, sweep.dtype, device)
-        ways = [way for kernel in problem.kernels() if (way := best_way(problem, kernel, timer)) is not None]
         rows: list[Row] = []
+        ways: dict[str, SparseWay] = {}
+        for kernel in problem.kernels():
+            best, refused = best_way(sweep, problem, kernel, timer)
+            rows += refused
+            if best is not None:
+                ways[f"{kernel.path} {best.variant}"] = best
+        dense = problem.dense_layers(compiled=sweep.compiled)
+        rivals = Rivals(dense, problem.dispatched() if sweep.dispatched else None, ways)
         for point in sweep.points:
-            rows += at_point(sweep, problem, ways, point, timer)
+            rows += at_point(sweep, problem, rivals, point, timer)
         return rows
 
 
-def best_way(problem: Problem, kernel, timer: Timer) -> SparseWay | None:
-    """The kernel with its fastest variant among those that are right; ``None`` if none is."""
+@dataclasses.dataclass(frozen=True)
+class Rivals:
+    """What takes turns at every point of a sweep; sparse ways by their label."""
+
+    dense: dict[str, DenseLayer]
+    dispatched: nn.Module | None
+    ways: dict[str, SparseWay]
+
+    def at(self, density: float) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The sparse ones worth timing at ``density``."""
+        few = density <= _EVENT_LIMIT
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        found.update((label, way) for label, way in self.ways.items() if few or way.kernel.axis != "density")
+        if self.dispatched is not None:
+            found[DISPATCHED] = self.dispatched
+        return found
+
+
+def best_way(sweep: Sweep, problem: Problem, kernel: Any, timer: Timer) -> tuple[SparseWay | None, list[Row]]:
+    """The kernel with its fastest variant among those that are right, and what was wrong with the others."""
     xs = problem.spikes(*_VARIANT_POINT[kernel.axis] if problem.layer.size else (INDEPENDENT, 0.05))
     ways: dict[str, SparseWay] = {}
     samplers: dict[str, Sampler] = {}
+    refused: list[Row] = []
     for variant in kernel.variants():
-        way = SparseWay.of(kernel, variant, problem.weights)
         try:
+            way = SparseWay.of(kernel, variant, problem.weights)
             problem.gate(way, xs)
-        except RedGate:
-            continue  # at_point would find it wrong again; the others may be right
-        ways[variant], samplers[variant] = way, timer.prepare(way.whole(xs), len(xs))
+            samplers[variant] = timer.prepare(way.whole(xs), len(xs))
+        except Exception as error:  # one that does not compile or is wrong leaves the others standing
+            if is_fatal(error):
+                raise
+            refused.append(_refusal(sweep, f"{kernel.path} {variant}", error))
+        else:
+            ways[variant] = way
     if not ways:
-        return None
+        return None, refused
     times = alternate(samplers, _VARIANT_REPEATS)
-    return ways[min(times, key=lambda name: times[name][1])]
+    return ways[min(times, key=lambda name: times[name][1])], refused
 
 
-def at_point(sweep: Sweep, problem: Problem, ways: Sequence[SparseWay], point: Point, timer: Timer) -> Iterator[Row]:
+def _refusal(sweep: Sweep, what: str, error: Exception) -> Skipped:
+    return Skipped(sweep.stage, f"{sweep.name}, {what}", f"{type(error).__name__}: {error}"[:500])
+
+
+def at_point(sweep: Sweep, problem: Problem, rivals: Rivals, point: Point, timer: Timer) -> Iterator[Row]:
     """Rows of one pattern and density."""
     xs = problem.spikes(*point)
-    green: dict[str, tuple[SparseWay, Gate]] = {}
-    for way in ways:
-        label = f"{way.kernel.path} {way.variant}"
-        if way.kernel.axis == "density" and point[1] > _EVENT_LIMIT and problem.layer.size:
-            continue
+    if rivals.dispatched is not None:
+        problem.settle(rivals.dispatched, xs)
+    gates: dict[str, Gate] = {}
+    for label, way in rivals.at(point[1]).items():
         try:
-            green[label] = way, problem.gate(way, xs)
+            gates[label] = problem.gate(way, xs)
         except RedGate as wrong:
-            yield Skipped(sweep.stage, f"{sweep.name}, {point[0]} {point[1]:g}, {label}", str(wrong))
-    samplers = prepared(sweep, problem, {label: way for label, (way, _) in green.items()}, xs, timer)
-    times = alternate(samplers, _REPEATS)
-    for label, (way, gate) in green.items():
-        yield from rows_of(sweep, problem, way, gate, point, xs[0], times, label)
+            yield _refusal(sweep, f"{point[0]} {point[1]:g}, {label}", wrong)
+    times = alternate(prepared(sweep, problem, rivals, gates.keys(), xs, timer), _REPEATS)
+    row = RowMaker(sweep, problem, point, times)
+    for label, gate in gates.items():
+        if label == DISPATCHED:
+            yield row.of_dispatched(gate, xs[0])
+        else:
+            yield from row.of_way(label, rivals.ways[label], gate, xs[0])
 
 
 def prepared(
-    sweep: Sweep, problem: Problem, ways: dict[str, SparseWay], xs: list[Tensor], timer: Timer
+    sweep: Sweep, problem: Problem, rivals: Rivals, right: Collection[str], xs: list[Tensor], timer: Timer
 ) -> dict[str, Sampler]:
-    """Everything that takes turns at one point."""
+    """Everything that takes turns at one point: dense, and the sparse ways that were ``right``."""
     ready = functools.partial(timer.prepare, inputs=len(xs))
-    samplers = {"dense": ready(problem.dense(xs)), "eager float32": ready(problem.eager_float32(xs), graphed=False)}
-    if sweep.compiled:
-        samplers["dense compiled"] = ready(problem.compiled(xs))
-    for label, way in ways.items():
+    samplers = {name: ready(problem.dense(layer, xs)) for name, layer in rivals.dense.items()}
+    samplers["eager float32"] = ready(problem.eager_float32(xs), graphed=False)
+    layer = rivals.dispatched
+    if layer is not None and DISPATCHED in right:
+        samplers[DISPATCHED] = ready(lambda i: layer(xs[i]))
+    for label, way in rivals.ways.items():
+        if label not in right:
+            continue
         samplers[label] = ready(way.whole(xs))
         samplers[f"{label} prescan"] = ready(way.prescan(xs))
         if sweep.as_published:
@@ -119,43 +162,71 @@ def prepared(
     return samplers
 
 
-def rows_of(
-    sweep: Sweep,
-    problem: Problem,
-    way: SparseWay,
-    gate: Gate,
-    point: Point,
-    x: Tensor,
-    times: dict[str, Quantiles],
-    label: str,
-) -> Iterator[LayerRow]:
-    """The row against the strongest dense way, and the labelled ones beside it."""
-    strongest = min((name for name in times if name.startswith("dense")), key=lambda name: times[name][1])
-    pairs = [(label, strongest), (label, "eager float32")]
-    if sweep.as_published:
-        pairs.append((f"{label} compute", "eager float32"))
-    found = way.counted(x)
-    for ours, theirs in pairs:
-        yield LayerRow(
-            stage=sweep.stage,
-            layer=sweep.layer.name,
-            dtype=short(sweep.dtype),
-            steps_times_batch=sweep.steps_times_batch,
-            pattern=point[0],
-            target=point[1],
-            density=found.load("density"),
-            path=str(way.kernel.path),
-            variant=way.variant,
-            axis=way.kernel.axis,
-            load=found.load(way.kernel.axis),
-            ms=times[ours],
-            prescan_ms=times[f"{label} prescan"][1],
-            includes_prescan=ours == label,
-            baseline=_BASELINES.get(theirs, theirs),
-            baseline_ms=times[theirs],
-            speedup=times[theirs][1] / times[ours][1],
-            cold=problem.cold,
+@dataclasses.dataclass(frozen=True)
+class RowMaker:
+    """Turns the times of one point into rows."""
+
+    sweep: Sweep
+    problem: Problem
+    point: Point
+    times: dict[str, Quantiles]
+
+    def of_way(self, label: str, way: SparseWay, gate: Gate, x: Tensor) -> Iterator[LayerRow]:
+        """A kernel against the strongest dense way, and the labelled rows beside it."""
+        pairs = [(label, self.strongest), (label, "eager float32")]
+        if self.sweep.as_published:
+            pairs.append((f"{label} compute", "eager float32"))
+        found = way.counted(x)
+        for ours, theirs in pairs:
+            yield self.row(
+                ours,
+                theirs,
+                path=str(way.kernel.path),
+                variant=way.variant,
+                axis=way.kernel.axis,
+                load=found.load(way.kernel.axis),
+                density=found.load("density"),
+                prescan_ms=self.times[f"{label} prescan"][1],
+                includes_prescan=ours == label,
+                gate=gate,
+            )
+
+    def of_dispatched(self, gate: Gate, x: Tensor) -> LayerRow:
+        """The layer as users get it, against the strongest dense way."""
+        density = float((x != 0).float().mean())
+        return self.row(
+            DISPATCHED,
+            self.strongest,
+            path=DISPATCHED,
+            variant="",
+            axis="density",
+            load=density,
+            density=density,
+            prescan_ms=None,
+            includes_prescan=True,
             gate=gate,
+        )
+
+    @property
+    def strongest(self) -> str:
+        """The fastest dense way."""
+        return min((name for name in self.times if name.startswith("dense")), key=lambda name: self.times[name][1])
+
+    def row(self, ours: str, theirs: str, **fields: Any) -> LayerRow:
+        """One row: ``ours`` against ``theirs``."""
+        return LayerRow(
+            stage=self.sweep.stage,
+            layer=self.sweep.layer.name,
+            dtype=short(self.sweep.dtype),
+            steps_times_batch=self.sweep.steps_times_batch,
+            pattern=self.point[0],
+            target=self.point[1],
+            ms=self.times[ours],
+            baseline=_BASELINES[theirs],
+            baseline_ms=self.times[theirs],
+            speedup=self.times[theirs][1] / self.times[ours][1],
+            cold=self.problem.cold,
+            **fields,
         )
 
 
@@ -207,4 +278,4 @@ def _grid(
     for layer in layers:
         for batch in batches:
             for dtype in dtypes:
-                yield priority, Sweep("sweep", layer, batch, dtype, SWEEP, compiled)
+                yield priority, Sweep("sweep", layer, batch, dtype, SWEEP, compiled, dispatched=True)

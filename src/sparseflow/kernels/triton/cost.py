@@ -41,7 +41,7 @@ class Machine:
     node: float
 
 
-# Measured: copy 4.3 TB/s and matrix product 790 TFLOP/s. Data sheet: float32. Assumed: cache (what is published of the
+# Seen on one: copy 4.3 TB/s and matrix product 790 TFLOP/s. Data sheet: float32. Assumed: cache (what is published of the
 # H100's) and graph nodes.
 H200 = Machine("H200", memory=4.3e12, cache=5.5e12, tensor=790e12, fma=67e12, multiprocessors=132, node=1.5e-6)
 
