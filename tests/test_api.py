@@ -257,7 +257,9 @@ def test_calibrate_measures_on_real_data_and_is_used(tmp_path, monkeypatch):
     assert 0 < calibration.layers["2"].density < 0.6
     assert len(calibration.crossovers) == 3
     calibration.save(tmp_path / "net.json")
-    monkeypatch.setattr("sparseflow.dispatch.crossovers.measure", lambda *a: pytest.fail("measured despite calibration"))
+    monkeypatch.setattr(
+        "sparseflow.dispatch.crossovers.measure", lambda *a: pytest.fail("measured despite calibration")
+    )
     monkeypatch.setattr("sparseflow.dispatch.crossovers.shared_cache.get", lambda key: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparseflow.NothingAcceleratedWarning)

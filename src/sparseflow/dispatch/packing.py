@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.base import Kernel
+from sparseflow.kernels.base import HostKernel
 from sparseflow.plan import Crossover
 
 _WITNESSES = 64
@@ -51,7 +51,7 @@ class _Packed(NamedTuple):
     values: Tensor | None
     witness: Tensor
 
-    def fresh(self, weight: Tensor, kernel: Kernel, offset: int) -> bool:
+    def fresh(self, weight: Tensor, kernel: HostKernel, offset: int) -> bool:
         """Whether a sample of ``weight`` is still what was packed."""
         if self.values is not None and weight.dtype == kernel.dtype:
             return kernel.matches(weight, self.values, self.token.variant, offset)
@@ -80,7 +80,9 @@ class PackedWeight:
         """Forget the packed copy."""
         self._token = self._packed = None
 
-    def get(self, weight: Tensor, kernel: Kernel, variant: str, crossover: Crossover, gain_ms: float) -> Tensor | None:
+    def get(
+        self, weight: Tensor, kernel: HostKernel, variant: str, crossover: Crossover, gain_ms: float
+    ) -> Tensor | None:
         """The packed weight; ``None`` where it cannot be used or packing costs more than ``gain_ms`` a call brings."""
         token = _Token(WeightState.of(weight), variant, kernel.dtype)
         if not token.same(self._token):

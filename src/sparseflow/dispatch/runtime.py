@@ -7,12 +7,12 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from sparseflow.kernels import functional
-from sparseflow.kernels.base import Call, Refusal
+from sparseflow.kernels.base import Call, HostKernel, Refusal
 from sparseflow.kernels.select import Candidates, candidates
 from sparseflow.plan import LayerPlan, Path, Reason
 
@@ -140,7 +140,7 @@ class LayerRuntime:
         if not found:
             return DenseSite(Refusal(Reason.NO_ENGINE, "there was no memory to measure it"))
         if not kernels[0].deferred:
-            return HostSite(*found[0], self._state)
+            return HostSite(cast(HostKernel, found[0][0]), found[0][1], self._state)
         site = DeferredSite(found, self._state)
         site.prime(x)
         return site

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from sparseflow.kernels.base import DENSITY, OCCUPANCY, Counts, Kernel, Refusal, counts
+from sparseflow.kernels.base import DENSITY, OCCUPANCY, Counts, HostKernel, Kernel, Refusal, counts
 from sparseflow.plan import Crossover, Path, Reason
 
 from .mailbox import Mailbox, capturing
@@ -113,7 +113,7 @@ class DenseSite:
 class HostSite:
     """A kernel whose prescan has its counts at hand: every call is decided by its own."""
 
-    def __init__(self, kernel: Kernel, measured: Measured, layer: LayerState):
+    def __init__(self, kernel: HostKernel, measured: Measured, layer: LayerState):
         self.kernel, self.layer = kernel, layer
         self.policy = Policy(measured.eager)
 

@@ -146,19 +146,20 @@ class Kernel(Protocol):
         """
         ...
 
-    def matches(self, weight: Tensor, packed: Any, variant: str, offset: int) -> bool:
-        """Compare a sample of ``weight`` (of the kernel's dtype) with ``packed``; ``offset`` moves the positions.
-
-        Never called for a deferred kernel.
-        """
-        ...
-
     def prescan(self, x: Tensor, variant: str) -> Any:
         """Stage 1: find the nonzero blocks of ``x``; a :class:`HostScan`, or a :class:`DeferredScan` if deferred."""
         ...
 
     def compute(self, x: Tensor, scan: Any, packed: Any, bias: Tensor | None, variant: str) -> Tensor:
         """Stage 2: compute on what the prescan found."""
+        ...
+
+
+class HostKernel(Kernel, Protocol):
+    """A kernel that is not deferred: it runs where its caller does, and may look at values."""
+
+    def matches(self, weight: Tensor, packed: Any, variant: str, offset: int) -> bool:
+        """Compare a sample of ``weight`` (of the kernel's dtype) with ``packed``; ``offset`` moves the positions."""
         ...
 
 

@@ -10,16 +10,15 @@ import re
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.base import Call, ConvCall, Kernel, Layout, conv_layout
+from sparseflow.kernels.base import Call, ConvCall, Kernel, Layout, Refusal, conv_layout
 from sparseflow.kernels.geometry import ConvGeometry
-from sparseflow.kernels.select import Refusal
 from sparseflow.plan import Path, Reason
 
 from .depthwise import DepthwiseConv
 from .events import EventConv, EventLinear
 from .gemm import tile_gemm
 from .launch import interpreting, runs_on
-from .prescan import TileScan, fits, prescan_tiles
+from .prescan import TileScan, prescan_tiles
 from .tiles import Tiling
 from .weights import Packed, pack, padded_outputs
 
@@ -41,14 +40,13 @@ def bind_all(x: Tensor, weight: Tensor, call: Call) -> tuple[Kernel, ...] | Refu
     return _bind_linear(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype)
 
 
-def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...] | Refusal:
+def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...]:
     signature = tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(), x.dtype, call
-    layout, geometry = conv_layout(*signature), _conv_geometry(x, weight, call)
-    if geometry.depthwise:
+    device_type = "cpu" if x.is_meta else x.device.type
+    layout, geometry = conv_layout(*signature, device_type), _conv_geometry(x, weight, call)
+    if 1 < geometry.groups == geometry.in_channels:
         return (DepthwiseConv(geometry, layout, x.dtype),)
     tiled = TileConv(geometry, layout, x.dtype, tf32=_tf32_convolution(x.dtype))
-    if not tiled.variants():
-        return Refusal(Reason.NO_ENGINE, f"a kernel of {geometry.kernel} reaches over too many pixels for one tile")
     return tiled, EventConv(geometry, layout, x.dtype)
 
 
@@ -120,13 +118,9 @@ def tile_variants(geometry: ConvGeometry, *, tf32: bool, parts: int) -> tuple[Ti
     The side follows the feature map: large tiles share weights, small ones skip more. Single channels are silent far
     more often than groups of them, so that skipping in groups is tried once, for what the gather costs.
     """
-    found = []
-    for side in _sides(geometry):
-        if fits(Tiling.of_side(geometry, side)):
-            found.append(_configuration(geometry, side, gather=True, tf32=tf32, parts=parts))
-    if found:
-        found.append(_configuration(geometry, found[0].side, gather=False, tf32=tf32, parts=parts))
-    return tuple(found)
+    sides = _sides(geometry)
+    modes = *((side, True) for side in sides), (sides[0], False)
+    return tuple(_configuration(geometry, side, gather=gather, tf32=tf32, parts=parts) for side, gather in modes)
 
 
 def _sides(geometry: ConvGeometry) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.base import Call, ConvCall, LinearCall
-from sparseflow.kernels.select import Refusal
+from sparseflow.kernels.base import Call, ConvCall, LinearCall, Refusal
 
 from .backend import TileConv, bind_all
 from .launch import Launch, recording

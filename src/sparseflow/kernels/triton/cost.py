@@ -41,8 +41,8 @@ class Machine:
     node: float
 
 
-# Seen on one: copy 4.3 TB/s and matrix product 790 TFLOP/s. Data sheet: float32. Assumed: cache (what is published of the
-# H100's) and graph nodes.
+# Seen on one: copy 4.3 TB/s and matrix product 790 TFLOP/s. Data sheet: float32. Assumed: cache (as published for the
+# H100) and graph nodes.
 H200 = Machine("H200", memory=4.3e12, cache=5.5e12, tensor=790e12, fma=67e12, multiprocessors=132, node=1.5e-6)
 
 

@@ -29,9 +29,9 @@ from .rows import RowScan, as_bias, chunk_channels, chunks_of, offset, pixel_str
 from .tiles import by_axis
 from .weights import padded_outputs
 
-_PAIRS = 64  # (pixel, event) pairs that a program takes at once
-_COUNTS = 1024  # (pixel, segment) pairs whose counts it holds
-_COMPARED = 8192  # (pixel, event, segment) triples it compares to find where an event comes from
+_PAIRS = 32  # (pixel, event) pairs that a program takes at once
+_COUNTS = 512  # (pixel, segment) pairs whose counts it holds
+_COMPARED = 4096  # (pixel, event, segment) triples it compares to find where an event comes from
 _PROGRAMS = 512  # four for each of the 132 multiprocessors of a large GPU
 _SPLITS = 16
 _SPLIT_CHANNELS = 256

@@ -18,8 +18,10 @@ from torch import Tensor
 from .launch import launch
 from .tiles import Tiling, by_axis
 
-_BYTES = 65536  # of one block of the scan: 64 registers a thread with 8 warps
-_MAX_HALO = 4096
+_WARPS = 4
+_BYTES = 4096  # that a program scans at once where loads are 16 bytes wide: 16 registers a thread
+_ELEMENTS = 2048  # that it reads at once where every element has an address of its own: 32 registers a thread
+_CHANNELS = 256
 _WORD = 32
 
 
@@ -59,6 +61,20 @@ def _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST: tl.constexpr
         return tl.load(where, mask=inside[:, None] & known[None, :], other=0.0)
     where = image + (channel.to(pixel.dtype) * x_c)[:, None] + pixel[None, :]
     return tl.trans(tl.load(where, mask=known[:, None] & inside[None, :], other=0.0))
+
+
+@triton.jit
+def _split(pixel, HALO_H: tl.constexpr, HALO_W: tl.constexpr):
+    """Depth, row and column of numbered pixels of a halo."""
+    return pixel // (HALO_H * HALO_W), pixel // HALO_W % HALO_H, pixel % HALO_W
+
+
+@triton.jit
+def _is_exact(x):
+    """1 where a float32 has 8 significant bits or fewer and lies in the range of float16, else 0."""
+    fits = (x == x.to(tl.float16).to(tl.float32)) & (x == x.to(tl.bfloat16).to(tl.float32))
+    # An infinity fits, but its products with parts of different sign do not add up.
+    return (fits & (tl.abs(x) < float("inf"))).to(tl.int32)
 
 
 @triton.jit
@@ -103,29 +119,16 @@ def _prescan_tiles(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GATHERED: tl.constexpr,
+    GATHER_ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     PADDED: tl.constexpr,
     WORDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    PIXELS: tl.constexpr = HALO_D * HALO_H * HALO_W
     tile = tl.program_id(0)
     group, n, tz, ty, tx = tile_origin(tile, TILES_D, TILES_H, TILES_W, GROUPS)
-    row = tl.arange(0, ROWS)
-    hz = row // (HALO_H * HALO_W)
-    hy = (row // HALO_W) % HALO_H
-    hx = row % HALO_W
-    iz = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
-    iy = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
-    ix = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
-    inside = is_inside(iz, iy, ix, IN_D, IN_H, IN_W) & (hz < HALO_D)
-    # Halos overlap; a pixel is counted by the first tile that has it.
-    owned_z = (hz < TILE_D * PITCH_D) | (tz == TILES_D - 1)
-    owned_y = (hy < TILE_H * PITCH_H) | (ty == TILES_H - 1)
-    owned_x = (hx < TILE_W * PITCH_W) | (tx == TILES_W - 1)
-    owned = owned_z & owned_y & owned_x
-    pixel = pixel_offset(iz, iy, ix, x_d, x_h, x_w, WIDE)
     image = x_ptr + n.to(tl.int64) * x_n + (group * channels).to(tl.int64) * x_c
     list_of_tile = list_ptr + tile.to(tl.int64) * (capacity // UNIT)
 
@@ -134,40 +137,59 @@ def _prescan_tiles(
     exact = 1
     for block in range(tl.cdiv(channels, BLOCK)):
         channel = block * BLOCK + tl.arange(0, BLOCK)
-        known = channel < channels
-        x = _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST)
-        hit = (x.to(tl.float32) != 0).to(tl.int32)
-        nonzero += tl.sum(tl.sum(hit * owned.to(tl.int32)[:, None], axis=1), axis=0)
-        if x_ptr.dtype.element_ty == tl.float32:
-            # An infinity fits, but its products with parts of different sign do not add up.
-            fits = (x == x.to(tl.float16).to(tl.float32)) & (x == x.to(tl.bfloat16).to(tl.float32))
-            finite = tl.abs(x) < float("inf")
-            exact = tl.minimum(exact, tl.min(tl.min((fits & finite).to(tl.int32), axis=1), axis=0))
-        unit_hit = tl.max(tl.reshape(tl.max(hit, axis=0), (BLOCK // UNIT, UNIT)), axis=1)
+        hits = tl.zeros((BLOCK,), tl.int32)
+        counted = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, PIXELS, ROWS):
+            hz, hy, hx = _split(start + tl.arange(0, ROWS), HALO_H, HALO_W)
+            iz = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
+            iy = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
+            ix = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
+            inside = is_inside(iz, iy, ix, IN_D, IN_H, IN_W) & (hz < HALO_D)
+            # Halos overlap; a pixel is counted by the first tile that has it.
+            owned_z = (hz < TILE_D * PITCH_D) | (tz == TILES_D - 1)
+            owned_y = (hy < TILE_H * PITCH_H) | (ty == TILES_H - 1)
+            owned_x = (hx < TILE_W * PITCH_W) | (tx == TILES_W - 1)
+            pixel = pixel_offset(iz, iy, ix, x_d, x_h, x_w, WIDE)
+            x = _load(image, pixel, inside, channel, channel < channels, x_c, CHANNELS_LAST)
+            hit = (x.to(tl.float32) != 0).to(tl.int32)
+            hits += tl.sum(hit, axis=0)
+            counted += tl.sum(hit * (owned_z & owned_y & owned_x).to(tl.int32)[:, None], axis=0)
+            if x_ptr.dtype.element_ty == tl.float32:
+                exact = tl.minimum(exact, tl.min(tl.min(_is_exact(x), axis=1), axis=0))
+        nonzero += tl.sum(counted, axis=0)
+        unit_hit = (tl.sum(tl.reshape(hits, (BLOCK // UNIT, UNIT)), axis=1) > 0).to(tl.int32)
         unit = block * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
         position = active + tl.cumsum(unit_hit, axis=0) - 1
         tl.store(list_of_tile + position, unit, mask=unit_hit != 0)
         active += tl.sum(unit_hit, axis=0)
-        shifted = unit_hit.to(tl.uint32) << (tl.arange(0, BLOCK // UNIT) % 32).to(tl.uint32)
+        shifted = unit_hit << (tl.arange(0, BLOCK // UNIT) % 32)
         word = tl.sum(tl.reshape(shifted, (WORDS, BLOCK // UNIT // WORDS)), axis=1)
         first = tile.to(tl.int64) * (tl.cdiv(channels, BLOCK) * WORDS) + block * WORDS
-        tl.store(bits_ptr + first + tl.arange(0, WORDS), word.to(tl.int32, bitcast=True))
+        tl.store(bits_ptr + first + tl.arange(0, WORDS), word)
     tl.store(counts_ptr + tile, active)
     tl.store(counts_ptr + tiles + tile, nonzero)
     tl.store(counts_ptr + 2 * tiles + tile, exact)
 
-    if GATHERED:
+    if GATHER_ROWS > 0:
+        CHUNKS: tl.constexpr = (PIXELS + GATHER_ROWS - 1) // GATHER_ROWS
         k = tl.arange(0, PADDED)
         # The second stage reads whole blocks of PADDED channels: what is missing is channel 0, with zeros.
         tl.store(list_of_tile + active + k, 0, mask=active + k < tl.cdiv(active, PADDED) * PADDED)
         tl.debug_barrier()  # what other threads of this program have put into the list is read from here on
-        tile_rows = gathered_ptr + tile.to(tl.int64) * (HALO_D * HALO_H * HALO_W) * capacity + row[:, None] * capacity
-        for start in range(0, active, PADDED):
-            known = start + k < active
-            channel = tl.load(list_of_tile + start + k, mask=known, other=0)
-            x = _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST)
-            x = x.to(gathered_ptr.dtype.element_ty)
-            tl.store(tile_rows + start + k[None, :], x, mask=(row < HALO_D * HALO_H * HALO_W)[:, None])
+        tile_rows = gathered_ptr + tile.to(tl.int64) * PIXELS * capacity
+        for step in range(tl.cdiv(active, PADDED) * CHUNKS):
+            at = step // CHUNKS * PADDED + k
+            row = step % CHUNKS * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
+            hz, hy, hx = _split(row, HALO_H, HALO_W)
+            iz = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
+            iy = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
+            ix = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
+            inside = is_inside(iz, iy, ix, IN_D, IN_H, IN_W)
+            pixel = pixel_offset(iz, iy, ix, x_d, x_h, x_w, WIDE)
+            channel = tl.load(list_of_tile + at, mask=at < active, other=0)
+            x = _load(image, pixel, inside, channel, at < active, x_c, CHANNELS_LAST)
+            where = tile_rows + row[:, None] * capacity + at[None, :]
+            tl.store(where, x.to(gathered_ptr.dtype.element_ty), mask=(row < PIXELS)[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +217,6 @@ class TileScan:
         return self.counts[:2].sum(1, dtype=torch.int64).flip(0)
 
 
-def fits(tiling: Tiling) -> bool:
-    """Whether one program can hold the halo of a tile."""
-    return tiling.halo_pixels <= _MAX_HALO
-
-
 def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> TileScan:
     """Scan ``x [N, C, *size]`` (any strides) tile by tile.
 
@@ -210,9 +227,8 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
         gather: copy the active channels of every tile side by side (channel mode).
     """
     g = tiling.geometry
-    unit = 1 if gather else block_k
-    rows = triton.next_power_of_2(tiling.halo_pixels)
-    block = _channel_block(rows * x.element_size(), g.group_channels, block_k)
+    unit, last = 1 if gather else block_k, x.stride(1) == 1
+    block = max(block_k, min(triton.next_power_of_2(g.group_channels), _CHANNELS))
     capacity = -(-g.group_channels // block_k) * block_k
     units = block // unit
     words = -(-units // _WORD)
@@ -227,17 +243,17 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
     launch(
         _prescan_tiles,
         (tiling.count,),
-        warps=8 if rows * block > 8192 else 4,
-        stages=2,
+        warps=_WARPS,
+        stages=1,
         constants={
             **constants,
-            "ROWS": rows,
+            "ROWS": _rows(tiling, (_BYTES // x.element_size() if last else _ELEMENTS) // block),
             "BLOCK": block,
-            "GATHERED": gather,
+            "GATHER_ROWS": _rows(tiling, _ELEMENTS // block_k) if gather else 0,
             "UNIT": unit,
             "PADDED": block_k,
             "WORDS": words,
-            "CHANNELS_LAST": x.stride(1) == 1,
+            "CHANNELS_LAST": last,
             "WIDE": is_wide(x),
         },
         x_ptr=x,
@@ -255,10 +271,9 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
     return TileScan(tiling.covered, occupiable, counts, bits, lists, gathered)
 
 
-def _channel_block(bytes_a_channel: int, channels: int, block_k: int) -> int:
-    """Channels scanned at once: a power of two, at least a group, and no more than a program can hold."""
-    most = max(block_k, _BYTES // bytes_a_channel)
-    return max(block_k, min(triton.next_power_of_2(channels), most))
+def _rows(tiling: Tiling, most: int) -> int:
+    """Halo pixels that a program takes at once, a power of two."""
+    return max(1, min(triton.next_power_of_2(tiling.halo_pixels), most))
 
 
 def strides(t: Tensor, name: str) -> dict[str, int]:

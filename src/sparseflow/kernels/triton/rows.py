@@ -25,8 +25,8 @@ _CHUNK = 512
 _MAX_CHUNK = 16384  # positions in a list are 16-bit numbers
 _CHUNKS = 32
 _ELEMENTS = 2048  # of one program
-_ELEMENTS_A_WARP = 512  # 16 a thread
-_SECTOR_PIXELS = 16  # fewer would be part of a memory sector, where neighbouring pixels are adjacent in memory
+_ELEMENTS_A_WARP = 256  # 8 a thread
+_SECTOR = 32  # bytes of neighbouring pixels that memory moves at once, where these are adjacent
 
 
 @triton.jit
@@ -34,7 +34,8 @@ def offset(index, WIDE: tl.constexpr):
     """``index`` as a factor of an offset, in 64 bits where ``WIDE``."""
     if WIDE:
         return index.to(tl.int64)
-    return index
+    else:  # noqa: RET505 - a compiled function must not fall through to a second type
+        return index
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def scan_rows(x: Tensor, geometry: ConvGeometry) -> RowScan:
     values = torch.empty((words, chunk), dtype=x.dtype, device=x.device)
     if not evenly_spaced(x):
         x = x.contiguous()
-    least = 1 if x.stride(1) == 1 else _SECTOR_PIXELS
+    least = 1 if x.stride(1) == 1 else _SECTOR // x.element_size()
     block = min(triton.next_power_of_2(pixels), max(least, _ELEMENTS // chunk))
     launch(
         _scan_rows,
