@@ -51,7 +51,7 @@ def test_every_kernel_compiles(report):
     assert not report["failed"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", NVIDIA)
 def test_no_kernel_spills_or_uses_local_memory(report, target):
     assert [row for row in rows(report, target) if row["stack"] or row["local"]] == []
 
