@@ -54,6 +54,21 @@ def threads_kept():
     torch.set_num_threads(before)
 
 
+def test_the_model_goes_to_the_device_that_was_asked_for(model_file, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli.api, "accelerate", lambda model, example, **_: asked.append((model, example)) or model)
+    monkeypatch.setattr(cli.api, "report", lambda model: "")
+    assert cli.main(["report", f"{model_file}:build", "--device", "meta"]) == 0
+    [(model, example)] = asked
+    assert {p.device.type for p in model.parameters()} == {example.device.type} == {"meta"}
+
+
+def test_without_a_gpu_asking_for_one_is_an_error(model_file, monkeypatch, capsys):
+    monkeypatch.setattr(cli.gpus, "visible", list)
+    assert cli.main(["report", f"{model_file}:build", "--device", "cuda"]) == 2
+    assert "no CUDA device is visible" in capsys.readouterr().err
+
+
 def test_env_names_machine_and_versions(capsys):
     assert cli.main(["env"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())

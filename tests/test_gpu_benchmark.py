@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import experiments, models, problem, suite, summary, sweep
-from benchmarks.gpu.device import Gpu, parse, pick
+from sparseflow.bench.gpus import Gpu, parse, pick
 from benchmarks.gpu.layers import HEADLINE, LINEAR, LayerShape, resnet18, resnet50
 from benchmarks.gpu.problem import Problem, SparseWay
 from benchmarks.gpu.records import Figure, Gate, Journal, LayerRow, RedGate, to_json

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from . import experiments, models, suite, sweep
-from .device import pick, visible
+from sparseflow.bench.gpus import pick, visible
 from .identity import identity
 from .records import Journal
 from .runner import Budget, Cell, ordered, run_cells

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from . import api
-from .bench import compare
+from .bench import compare, gpus
 from .bench.synthetic import NOTE, synthetic_network
 from .env import environment
 from .errors import NothingAcceleratedWarning, SparseflowError
@@ -72,6 +73,10 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     spec_help = "function that returns (model, example_input); without it a synthetic network is used"
     command.add_argument("spec", nargs="?", metavar="FILE.py:function", help=spec_help)
     command.add_argument("--threads", type=_positive, help="threads of PyTorch and of the native engine")
+    device_help = (
+        "cpu, cuda:N, or cuda for the idle GPU with the most free memory; default: where the model is, and the "
+    )
+    command.add_argument("--device", help=device_help + "idle GPU, if any, for the synthetic network")
     command.add_argument("--backend", default="auto", help="auto, cpu, torch or triton (default: %(default)s)")
 
 
@@ -112,10 +117,21 @@ def _accelerated(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         model, example = synthetic_network()
     else:
         model, example = load_spec(args.spec)
+    device = _device(args)
+    if device is not None:
+        model, example = model.to(device), tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), example)
     with warnings.catch_warnings():
         # The summary, which both commands print, says the same.
         warnings.simplefilter("ignore", NothingAcceleratedWarning)
         return api.accelerate(model, example, backend=args.backend), example
+
+
+def _device(args: argparse.Namespace) -> torch.device | None:
+    """The device asked for; ``None`` where the model is to stay where it is."""
+    picks = args.device == "cuda" or (args.device is None and args.spec is None and torch.cuda.is_available())
+    if picks:
+        return torch.device("cuda", gpus.pick(gpus.visible()))
+    return None if args.device is None else torch.device(args.device)
 
 
 def load_spec(spec: str) -> tuple[nn.Module, Any]:

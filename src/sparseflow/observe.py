@@ -65,7 +65,7 @@ class Profile:
     def attach(self) -> list[RemovableHandle]:
         """Hook every timed module; returns the handles."""
         handles = []
-        devices = {parameter.device for parameter in self._model.parameters() if parameter.is_cuda}
+        devices = gpus_of(self._model)
         for name, module in self._leaves():
             timing = self._timings[name] = _Timing(module_kind(module))
             handles += _time_calls(module, timing, devices)
@@ -104,18 +104,24 @@ def _counts(runtime: LayerRuntime) -> tuple[collections.Counter[Path], int, int]
 
 def _time_calls(module: nn.Module, timing: _Timing, devices: set[torch.device]) -> list[RemovableHandle]:
     def start(_module: nn.Module, _args: Any) -> None:
-        _wait_for(devices)
+        wait_for(devices)
         timing.started = time.perf_counter()
 
     def stop(_module: nn.Module, _args: Any, _output: Any) -> None:
-        _wait_for(devices)
+        wait_for(devices)
         timing.seconds += time.perf_counter() - timing.started
         timing.calls += 1
 
     return [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
 
 
-def _wait_for(devices: set[torch.device]) -> None:
+def gpus_of(model: nn.Module) -> set[torch.device]:
+    """The GPUs that hold parameters of ``model``."""
+    return {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+
+
+def wait_for(devices: set[torch.device]) -> None:
+    """Let these GPUs finish what was launched, so that a clock sees it."""
     for device in devices:
         torch.cuda.synchronize(device)
 

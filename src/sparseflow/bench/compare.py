@@ -15,7 +15,7 @@ from sparseflow.api import disabled
 from sparseflow.frameworks import restore_state, snapshot_state
 from sparseflow.graph.isolation import isolated
 from sparseflow.lowering import as_arguments
-from sparseflow.observe import verify
+from sparseflow.observe import gpus_of, verify, wait_for
 from sparseflow.report import BenchResult
 
 _GATE = "every layer inside its error budget against float64, and the outputs of the whole model agree"
@@ -64,9 +64,12 @@ def compare(model: nn.Module, example: Any, *, repeats: int = 20, tolerance: flo
         tolerance: admissible relative difference of the whole model's outputs.
     """
     args, kwargs = as_arguments(example)
+    devices = gpus_of(model)
 
     def run() -> Any:
-        return model(*args, **kwargs)
+        output = model(*args, **kwargs)
+        wait_for(devices)
+        return output
 
     def run_dense() -> Any:
         with disabled(model):
