@@ -18,8 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import experiments, models, suite, sweep
 from sparseflow.bench.gpus import pick, visible
+
+from . import experiments, models, suite, sweep
 from .identity import identity
 from .records import Journal
 from .runner import Budget, Cell, ordered, run_cells
