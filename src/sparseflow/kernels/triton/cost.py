@@ -133,7 +133,8 @@ def tile_stages(
     """Prescan by tiles, and matrix product over the active channels.
 
     Halos overlap, so that the prescan reads pixels again from the cache, and gathered pixels are more than there were.
-    Every block of output channels reads the gathered pixels once for each tap, and every tile the weight.
+    Every tile reads the weight, and every block of output channels the gathered pixels once: its other taps find them in
+    the L1 cache, through which these loads go. In group mode every tap reads the input.
     """
     g, tiling = geometry, Tiling.of_side(geometry, variant.side)
     active = tiling.count * _padded_channels(g, variant, occupancy)
@@ -143,7 +144,8 @@ def tile_stages(
     outputs = padded_outputs(g.out_channels // g.groups)
     blocks = -(-outputs // variant.block_n)
     parts = 2 if dtype == torch.float32 and not variant.tf32 else 1
-    read = active * g.taps * blocks * tiling.rows * min(2, dtype.itemsize)
+    pixels = tiling.halo_pixels if variant.gather else g.taps * tiling.rows
+    read = active * blocks * pixels * (2 if variant.gather else dtype.itemsize)
     weights = active * g.taps * outputs * parts * 2
     whole_weight = g.taps * g.in_channels * outputs * parts * 2
     return (
