@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check train bench clean
+.PHONY: help install demo test check train bench gpu-bench clean
 
 help:
 	@echo "make demo    accelerate a trained spiking ResNet on real data; results also in out/"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   formatting, lint, types, import rules and the test suite"
 	@echo "make train   train the demo's network again (CPU, about 15 minutes)"
 	@echo "make bench   time a synthetic network dense and accelerated"
+	@echo "make gpu-bench   all GPU tests and measurements in one call, under nine minutes; results in out/gpu"
 	@echo "make clean   remove .venv, build products and out/"
 
 install: $(INSTALLED)
@@ -43,6 +44,9 @@ train: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m sparseflow bench $(ARGS)
+
+gpu-bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --out out/gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build out src/*.egg-info
