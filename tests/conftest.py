@@ -12,14 +12,21 @@ import pytest
 import torch
 
 _EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+_GARBAGE = 0x5A5A  # no index or count of a small test
+
+
+def _garbage(dtype: torch.dtype) -> float | int:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 1 if dtype is torch.bool else _GARBAGE & torch.iinfo(dtype).max
 
 
 def _poisoned(make):
     @functools.wraps(make)
     def wrapper(*args, **kwargs):
         tensor = make(*args, **kwargs)
-        if tensor.is_floating_point() and type(tensor) is torch.Tensor:
-            tensor.fill_(float("nan"))
+        if type(tensor) is torch.Tensor:
+            tensor.fill_(_garbage(tensor.dtype))
         return tensor
 
     return wrapper
@@ -36,7 +43,7 @@ def private_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fill what ``torch.empty`` returns with NaN: an output element that is never written shows."""
+    """Fill what ``torch.empty`` returns with NaN or garbage: an element that is read but never written shows."""
     for name, make in _EMPTY.items():
         monkeypatch.setattr(torch, name, _poisoned(make))
 

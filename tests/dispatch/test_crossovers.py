@@ -38,7 +38,7 @@ def test_a_gpu_has_two_crossovers_named_by_device_and_precision(gpu, monkeypatch
     eager, graph = crossover_keys(kernel, gpu, WEIGHT, LINEAR)
     assert eager.removesuffix("/eager") == graph.removesuffix("/graph")
     assert "Some GPU|9.0" in eager
-    monkeypatch.setattr(crossovers, "_tf32", lambda: ("other", "switches"))
+    monkeypatch.setattr(crossovers, "tf32_matmul", lambda: "other")
     assert crossover_keys(kernel, gpu, WEIGHT, LINEAR)[0] != eager
 
 
@@ -53,23 +53,6 @@ def test_threads_count_on_the_cpu_only(gpu):
 
 def test_the_switches_of_pytorch_are_read(gpu):
     assert conditions(gpu) == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-
-
-def test_switches_that_contradict_each_other_can_still_be_read(gpu, monkeypatch):
-    class Contradictory:
-        fp32_precision = "ieee"
-
-        @property
-        def allow_tf32(self):
-            raise RuntimeError("mix of the legacy and new APIs")
-
-    class Backend:
-        conv = matmul = Contradictory()
-        allow_tf32 = Contradictory.allow_tf32
-
-    monkeypatch.setattr(torch.backends, "cudnn", Backend())
-    monkeypatch.setattr(torch.backends, "cuda", Backend())
-    assert conditions(gpu) == ("ieee", "ieee")
 
 
 def test_a_kernel_that_needs_too_much_memory_is_not_used(monkeypatch, caplog):

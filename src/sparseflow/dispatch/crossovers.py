@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseflow.config import MeasureBudget
 from sparseflow.kernels.base import Call, ConvCall, Kernel
+from sparseflow.kernels.precision import tf32_convolution, tf32_matmul
 from sparseflow.plan import Crossover, Path
 
 from .cache import CrossoverCache
@@ -115,19 +116,7 @@ def conditions(x: Tensor) -> Hashable:
     """What decides, besides the tensors, how fast dense is: threads on the CPU, the TF32 switches on a GPU."""
     if not x.is_cuda:
         return torch.get_num_threads()
-    return _tf32() if x.dtype is torch.float32 else None
-
-
-def _tf32() -> tuple[object, object]:
-    """The switches for convolutions and for matrix products.
-
-    Since 2.9 PyTorch has them twice, and refuses to read the old ones where the new ones were set otherwise.
-    """
-    backends = torch.backends
-    try:
-        return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
-    except RuntimeError:
-        return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    return (tf32_convolution(), tf32_matmul()) if x.dtype is torch.float32 else None
 
 
 @functools.lru_cache(maxsize=16)

@@ -34,29 +34,39 @@ def error_budget(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> 
     ``(sqrt(n) + 1) u`` times the sum of their magnitudes, ``u`` being half the machine epsilon of the dtype. That is
     the growth of rounding errors that are as often up as down (Higham and Mary, *A New Approach to Probabilistic
     Rounding Error Analysis*, 2019); a kernel is free to add in any order. Float64 results have no better oracle than
-    another sum of the same kind, so there the band counts twice.
+    another sum of the same kind, so there the band counts twice. Below the normal numbers nothing is relative any more:
+    what is flushed to zero is no error.
     """
     exact = oracle(x, weight, bias, call)
     with torch.no_grad():
         dense = call.dense(x.detach(), weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype))
-    worst = (dense.double() - exact).abs().max() if exact.numel() else exact.new_zeros(())
+    errors = (dense.double() - exact).abs()
+    worst = errors[errors.isfinite()].max() if bool(errors.isfinite().any()) else exact.new_zeros(())
     magnitude = oracle(x.abs(), weight.abs(), None if bias is None else bias.abs(), call)
     terms = oracle(x != 0, torch.ones_like(weight), None if bias is None else torch.ones_like(bias), call)
     unit = torch.finfo(x.dtype).eps / 2 * (2 if x.dtype == torch.float64 else 1)
-    return 2 * worst + (terms.sqrt() + 1) * unit * magnitude
+    return 2 * worst + (terms.sqrt() + 1) * unit * magnitude + _underflow(x.dtype)
+
+
+def _underflow(dtype: torch.dtype) -> float:
+    """Error of a result that is rounded below the normal numbers of ``dtype``, or flushed below those of its sums."""
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return max(torch.finfo(sums).tiny, torch.finfo(dtype).eps / 2 * torch.finfo(dtype).tiny)
 
 
 def excess(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> float:
     """How far ``y`` lies outside the budget, in units of the budget: at most 1 is correct.
 
-    Elements where the oracle itself is not finite must be equally non-finite in ``y``.
+    Elements where the oracle itself is not finite must be equally non-finite in ``y``; those beyond the range of the
+    dtype may be.
     """
     exact = oracle(x, weight, bias, call)
     if not exact.numel():
         return 0.0
-    finite = exact.isfinite()
-    if not torch.equal(y.isfinite(), finite):
+    budget = error_budget(x, weight, bias, call)
+    overflows = exact.isfinite() & (exact.abs() + budget > torch.finfo(y.dtype).max)
+    if not bool(((y.isfinite() == exact.isfinite()) | overflows).all()):
         return float("inf")
-    budget = error_budget(x, weight, bias, call).clamp_min(torch.finfo(torch.float64).tiny)
+    compared = y.isfinite() & exact.isfinite()
     ratio = (y.detach().double() - exact).abs() / budget
-    return float(ratio[finite].max()) if bool(finite.any()) else 0.0
+    return float(ratio[compared].max()) if bool(compared.any()) else 0.0

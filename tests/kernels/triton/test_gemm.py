@@ -98,6 +98,14 @@ def test_a_silent_tile_is_its_bias():
     assert torch.equal(y[0, :, 4:], bias[:, None, None].expand(5, 12, 4))
 
 
+def test_neither_bias_nor_weight_need_be_contiguous():
+    case = Case((1, 20, 5, 5), (6, 20, 3, 3), CALL)
+    x, weight, bias = case.tensors(torch.float32, 0.3, "binary", 0)
+    weight = weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    bias = torch.stack((bias, torch.full_like(bias, float("nan"))), -1)[:, 0]
+    assert excess(run(case, x, weight, bias, TileVariant(4, True, 16, 16, 4, 2)), x, weight, bias, CALL) <= 1.0
+
+
 def test_results_do_not_depend_on_the_run_or_the_tile():
     case = Case((1, 40, 9, 9), (6, 40, 3, 3), CALL)
     x, weight, bias = case.tensors(torch.float32, 0.3, "binary", 0)

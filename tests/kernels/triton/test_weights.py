@@ -48,6 +48,33 @@ def test_three_parts_hold_everything():
         assert torch.equal(restored(packed)[..., :8], rows(weight, 1))
 
 
+def test_every_magnitude_of_float32_has_parts():
+    weight = torch.tensor([[3.4e38, 1.0], [-3.4028234e38, 3e38], [1e-41, 3e-45], [2e-38, 1e-40]])
+    for inspect, tf32 in ((True, False), (False, False), (True, True)):
+        packed = pack(weight, 1, tf32=tf32, inspect=inspect)
+        error = (restored(packed)[..., :4] - rows(weight, 1)).abs()
+        bound = (2.0**-11 if tf32 else 2.0**-23) * rows(weight, 1).abs().amax((1, 2), keepdim=True)
+        assert (error <= bound + 2.0**-133).all()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.tensor([[1e20, 0.1, 0.2], [0.3, 0.1, 0.4]]),  # one that dwarfs the other weights of its output
+        torch.tensor([[1e20, 1e-30], [3e20, 2e-30]]),  # a channel that scaling makes zero
+    ],
+)
+def test_a_channel_that_two_parts_would_lose_takes_three(weight):
+    packed = pack(weight, 1, tf32=False, inspect=True)
+    assert packed.parts.shape[0] == 3
+    assert torch.equal(restored(packed)[..., :2], rows(weight, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64, 3, 3), (512, 512), (16, 2048, 1, 1)])
+def test_ordinary_weights_take_two_parts(size):
+    assert pack(torch.randn(size), 1, tf32=False, inspect=True).parts.shape[0] == 2
+
+
 def test_without_a_look_at_the_values_three_parts_are_taken():
     assert pack(torch.randn(4, 4, 1, 1), 1, tf32=False, inspect=False).parts.shape[0] == 3
 

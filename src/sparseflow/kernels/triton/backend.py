@@ -10,8 +10,9 @@ import re
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.base import Call, ConvCall, Kernel, Layout, Refusal, conv_layout
+from sparseflow.kernels.base import OCCUPANCY, Call, ConvCall, Kernel, Layout, Refusal, conv_layout
 from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.precision import tf32_convolution, tf32_matmul
 from sparseflow.plan import Path, Reason
 
 from .depthwise import DepthwiseConv
@@ -19,6 +20,7 @@ from .events import EventConv, EventLinear
 from .gemm import tile_gemm
 from .launch import interpreting, runs_on
 from .prescan import TileScan, prescan_tiles
+from .rows import as_bias
 from .tiles import Tiling
 from .weights import Packed, pack, padded_outputs
 
@@ -37,7 +39,7 @@ def bind_all(x: Tensor, weight: Tensor, call: Call) -> tuple[Kernel, ...] | Refu
         return Refusal(Reason.NO_ENGINE, "the weight or the input is empty")
     if isinstance(call, ConvCall):
         return _bind_conv(x, weight, call)
-    return _bind_linear(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype)
+    return _bind_linear(x, weight)
 
 
 def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...]:
@@ -46,29 +48,23 @@ def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...]:
     layout, geometry = conv_layout(*signature, device_type), _conv_geometry(x, weight, call)
     if 1 < geometry.groups == geometry.in_channels:
         return (DepthwiseConv(geometry, layout, x.dtype),)
-    tiled = TileConv(geometry, layout, x.dtype, tf32=_tf32_convolution(x.dtype))
-    return tiled, EventConv(geometry, layout, x.dtype)
+    tf32 = _on_gpu_in_float32(x) and tf32_convolution()
+    return TileConv(geometry, layout, x.dtype, tf32=tf32), EventConv(geometry, layout, x.dtype)
 
 
 def _conv_geometry(x: Tensor, weight: Tensor, call: ConvCall) -> ConvGeometry:
     return ConvGeometry.from_call(x.shape, weight.shape, call.stride, call.padding, call.dilation, call.groups)
 
 
-def _bind_linear(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Kernel, ...]:
-    tiled = TileLinear(rows, in_features, out_features, dtype, tf32=_tf32_matmul(dtype))
-    if rows > _SMALL_BATCH:
-        return (tiled,)
-    return tiled, EventLinear(rows, in_features, out_features, dtype)
+def _bind_linear(x: Tensor, weight: Tensor) -> tuple[Kernel, ...]:
+    sizes = math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0]
+    tiled = TileLinear(*sizes, x.dtype, tf32=_on_gpu_in_float32(x) and tf32_matmul())
+    return (tiled,) if sizes[0] > _SMALL_BATCH else (tiled, EventLinear(*sizes, x.dtype))
 
 
-def _tf32_convolution(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own float32 convolution may round to TF32; it may by default."""
-    return dtype == torch.float32 and torch.cuda.is_available() and bool(torch.backends.cudnn.allow_tf32)
-
-
-def _tf32_matmul(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own float32 matrix product may round to TF32; it may not by default."""
-    return dtype == torch.float32 and torch.cuda.is_available() and bool(torch.backends.cuda.matmul.allow_tf32)
+def _on_gpu_in_float32(x: Tensor) -> bool:
+    """Whether PyTorch's switches for TF32 concern a layer with input ``x``."""
+    return x.is_cuda and x.dtype == torch.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +142,7 @@ class TileConv:
     """Convolution by tiles: prescan, then a matrix product over the channels that are active in each tile."""
 
     path = Path.TILE
-    axis = "occupancy"
+    axis = OCCUPANCY
     deferred = True
 
     def __init__(self, geometry: ConvGeometry, layout: Layout, dtype: torch.dtype, *, tf32: bool):
@@ -173,7 +169,7 @@ class TileConv:
     def _compute(
         self, x: Tensor, scan: TileScan, packed: Packed, bias: Tensor | None, v: TileVariant, out: Tensor
     ) -> Tensor:
-        bias = None if bias is None else bias.detach().to(self.dtype)
+        bias = as_bias(bias, self.dtype)
         blocks = {"block_n": v.block_n, "block_k": v.block_k, "warps": v.warps, "stages": v.stages}
         return tile_gemm(x, scan, packed, bias, out, Tiling.of_side(self.geometry, v.side), **blocks)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 _ALIGNMENT = 16  # output channels, so that every row of a weight starts on 32 bytes
 _TOP_EXPONENT = 15  # float16 holds magnitudes below 2 ** 16
+_LEAST_EXPONENT = -111  # 2 ** (15 + 111) and its inverse are the largest such pair of normal float32 numbers
+_BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 _ULP = 2.0**-23  # of float32, relative
 
 
@@ -39,7 +41,7 @@ def pack(weight: Tensor, groups: int, *, tf32: bool, inspect: bool) -> Packed:
 
     Spikes are exact in every dtype, so the product of a spike and a float32 weight is the sum of its products with the
     parts of that weight. Two float16 parts, after scaling every output channel to the top of the float16 range, hold
-    all but the last bit of a float32; three bfloat16 parts hold all of it, whatever its exponent.
+    all but the last bit of a float32; three bfloat16 parts hold all of it that is above 2 ** -133.
 
     Args:
         weight: float16, bfloat16 or float32.
@@ -55,7 +57,7 @@ def pack(weight: Tensor, groups: int, *, tf32: bool, inspect: bool) -> Packed:
     if tf32:
         return Packed(high[None], scale)
     low = (scaled - high.float()).half()
-    if inspect and bool(_within_range(scaled, high.float() + low.float())):
+    if inspect and bool(_within_range(rows, scaled, high.float() + low.float(), scale)):
         return Packed(torch.stack((high, low)), scale)
     return Packed(_bfloat16_parts(rows), None)
 
@@ -69,23 +71,28 @@ def _rows(weight: Tensor, groups: int) -> Tensor:
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The rows with every output channel's largest magnitude just below 2 ** 15, and what undoes it."""
-    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent
+    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent.clamp_min(_LEAST_EXPONENT)
     scaled = torch.ldexp(rows, _TOP_EXPONENT - exponent)
     return scaled, torch.ldexp(torch.ones_like(rows[:, 0, 0]), exponent[:, 0, 0] - _TOP_EXPONENT)
 
 
-def _within_range(scaled: Tensor, parts: Tensor) -> Tensor:
+def _within_range(rows: Tensor, scaled: Tensor, parts: Tensor, scale: Tensor) -> Tensor:
     """Whether the parts are as good as float32 for every input channel, so also where no other channel is active.
 
-    Small weights lose bits below the float16 range. That shows only in a channel all of whose weights are small.
+    Small weights lose bits below the float16 range. That shows in a channel all of whose weights are small beside the
+    largest of their output channels, and in outputs one weight of which is large beside all others of the layer.
     """
-    lost = (parts - scaled).square().sum((1, 3))
-    return (lost <= _ULP**2 * scaled.square().sum((1, 3))).all()
+    lost = (rows - parts * scale[:, None, None]).abs()
+    enough = lost.amax((1, 3)) <= _ULP * rows.abs().amax((1, 3))
+    enough &= (lost / scale[:, None, None]).amax((1, 3)) <= _ULP * scaled.abs().amax((1, 3))
+    return enough.all()
 
 
 def _bfloat16_parts(rows: Tensor) -> Tensor:
     parts, rest = [], rows
     for _ in range(3):
-        parts.append(rest.bfloat16())
+        # The largest float32 would round to infinity.
+        within = torch.where(rest.isinf(), rest, rest.clamp(-_BFLOAT16_MAX, _BFLOAT16_MAX))
+        parts.append(within.bfloat16())
         rest = rest - parts[-1].float()
     return torch.stack(parts)
