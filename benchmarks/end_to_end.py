@@ -29,7 +29,7 @@ import sparseflow
 from sparseflow.bench.compare import alternate, quantiles
 from sparseflow.env import environment
 
-from .stand_ins import ACTIVITY, fire_like_trained
+from .stand_ins import activity, fire_like_trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -65,7 +65,7 @@ def stand_in_resnet18(batch: int, side: int) -> Case:
     inputs = tuple(encode(part, TIME_STEPS) for part in images.split(batch))
     return Case(
         f"spiking_resnet18 @{side}, batch {batch}",
-        ACTIVITY,
+        activity(),
         lambda: _resnet18(inputs[0]),
         inputs,
         compiled=False,

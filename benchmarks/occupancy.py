@@ -26,7 +26,8 @@ from sparseflow.env import environment
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.kernels.triton.tiles import Tiling
 
-from .end_to_end import ACTIVITY, TIME_STEPS, encode, load_checkpoint, load_split, stand_in_resnet18
+from .end_to_end import TIME_STEPS, encode, load_checkpoint, load_split, stand_in_resnet18
+from .stand_ins import activity
 
 _SIDES = (16, 8, 4)
 _GROUP = 16
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/occupancy.json"))
     options = parser.parse_args()
     rows = {"digits resnet18 @32, trained": digits()}
-    rows[f"spiking_resnet18 @160, {ACTIVITY}"] = stand_in(160)
+    rows[f"spiking_resnet18 @160, {activity()}"] = stand_in(160)
     for name, row in rows.items():
         print(name, *(f"  {key}: {value:.3f}" for key, value in row.items()), sep="\n")
     options.out.write_text(json.dumps({"schema": 1, "environment": environment(), "rows": rows}, indent=1))

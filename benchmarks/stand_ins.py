@@ -9,12 +9,21 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
-ACTIVITY = "random weights, every layer's threshold set so that 8 % of it fire"
-_DENSITY = 0.08  # trained spiking ResNets: 4 % to 12 % by layer
+LIF_DENSITY = 0.08  # trained spiking ResNets: 4 % to 12 % by layer
+IF_DENSITY = 0.32  # a trained SEW ResNet with IF neurons, whose layers also add spikes up
 _BISECTIONS = 16
 
 
-def fire_like_trained(net: nn.Module, x: Tensor, density: float = _DENSITY) -> nn.Module:
+def activity(density: float = LIF_DENSITY) -> str:
+    """What a table says of a stand-in.
+
+    >>> activity(0.32)
+    "random weights, every layer's threshold set so that 32% of it fire"
+    """
+    return f"random weights, every layer's threshold set so that {density:.0%} of it fire"
+
+
+def fire_like_trained(net: nn.Module, x: Tensor, density: float = LIF_DENSITY) -> nn.Module:
     """Calibrate a multi-step SpikingJelly network on ``x [T, N, C, H, W]`` in one forward pass; gives it in eval mode.
 
     Batch norm takes the statistics of this pass, and every neuron the threshold at which it fires with probability

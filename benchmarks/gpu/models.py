@@ -19,11 +19,9 @@ from .records import Gate, ModelRow, RedGate, Row, Skipped
 from .runner import Cell
 from .timing import Sampler, Timer, alternate
 
-_WEIGHTS = "random weights, batch norm calibrated on smooth noise"
 _SIDE = 224
 _INPUTS = 4
 _REPEATS = 9
-_CALIBRATION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +37,20 @@ class Model:
     def title(self) -> str:
         """Unique name of the cell."""
         return f"models: {self.name} @{self.side}, T {STEPS}, batch {self.batch}"
+
+    @property
+    def density(self) -> float:
+        """Share of its neurons that fire, as in trained networks of the kind."""
+        from benchmarks.stand_ins import IF_DENSITY, LIF_DENSITY
+
+        return IF_DENSITY if self.name.startswith("sew") else LIF_DENSITY
+
+    @property
+    def activity(self) -> str:
+        """What its rows say of its weights."""
+        from benchmarks.stand_ins import activity
+
+        return activity(self.density)
 
     def build(self) -> nn.Module:
         """The network in multi-step mode, float32, on the CPU, with weights from a fixed seed."""
@@ -63,17 +75,11 @@ def smooth_images(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
     return images.expand(shape).contiguous()
 
 
-def calibrated(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn.Module:
-    """Batch norm statistics from noise images: without them hardly a neuron of a random network fires."""
-    net = net.to(device).train()
-    for norm in (module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
-        norm.momentum = None
-    with torch.no_grad():
-        for seed in range(_CALIBRATION):
-            _reset(net)
-            net(smooth_images(shape, 100 + seed, device))
-    _reset(net)
-    return net.eval()
+def stand_in(model: Model, shape: tuple[int, ...], device: torch.device) -> nn.Module:
+    """The network, firing like a trained one on smooth images."""
+    from benchmarks.stand_ins import fire_like_trained
+
+    return fire_like_trained(model.build().to(device), smooth_images(shape, 100, device), model.density)
 
 
 def _reset(net: nn.Module) -> None:
@@ -98,7 +104,7 @@ def run(model: Model, timer: Timer, device: torch.device) -> list[Row]:
         return [Skipped("models", model.title, "SpikingJelly is not installed")]
     shape = (STEPS, model.batch, 3, model.side, model.side)
     with torch.no_grad():
-        net = calibrated(model.build(), (STEPS, min(model.batch, 8), *shape[2:]), device)
+        net = stand_in(model, (STEPS, min(model.batch, 8), *shape[2:]), device)
         images = [smooth_images(shape, seed, device) for seed in range(_INPUTS)]
         half = copy.deepcopy(net).half().to(memory_format=torch.channels_last)
         xs = [x.half() for x in images]
@@ -167,7 +173,7 @@ def rows_of(model: Model, times: dict[str, Any], gate: Gate, agreement: float) -
             yield ModelRow(
                 stage="models",
                 model=f"{model.name} @{model.side}",
-                weights=_WEIGHTS,
+                weights=model.activity,
                 dtype="float16",
                 steps=STEPS,
                 batch=model.batch,
