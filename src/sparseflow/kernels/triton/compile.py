@@ -292,6 +292,10 @@ def _row(built: Compiled | Failure) -> str:
     )
 
 
+def _remarkable(built: Compiled | Failure) -> bool:
+    return isinstance(built, Failure) or bool(built.stack or built.local)
+
+
 def _jobs(options: argparse.Namespace, everything: list[Launch]) -> Iterator[tuple[Launch, str]]:
     subset = covering(everything) if options.cover or options.sample else []
     wanted = ((options.target, everything), (options.cover, subset), (options.sample, subset[:_SAMPLE]))
@@ -312,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="substring of the catalogue's layers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="print what does not compile or has a stack frame, only")
     options = parser.parse_args(argv)
     if interpreting():
         print("nothing can be compiled under TRITON_INTERPRET=1", file=sys.stderr)
@@ -324,13 +329,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for built in compile_all(jobs, options.workers):
         rows.append(built)
-        if not options.json:
+        if not options.json and (not options.quiet or _remarkable(built)):
             print(_row(built), flush=True)
     if options.json:
         absent = {target: reason for target in TARGETS if (reason := unsupported(target)) is not None}
         failed = [dataclasses.asdict(row) for row in rows if isinstance(row, Failure)]
         compiled = [dataclasses.asdict(row) for row in rows if isinstance(row, Compiled)]
         print(json.dumps({"compiled": compiled, "failed": failed, "unsupported": absent}))
+    else:
+        print(f"{len(rows)} launches, {sum(map(_remarkable, rows))} of them do not compile or have a stack frame")
     return int(any(isinstance(row, Failure) for row in rows))
 
 
