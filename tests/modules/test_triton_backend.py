@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from concurrent import futures
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def test_weight_changes_are_noticed_and_writes_through_data_after_refresh():
             torch.zeros(1, 64)
         )  # a weight that changed this often is checked without waiting: known at the next call
         assert net[8](torch.zeros(1, 64))[0, 3].isnan(), "dense multiplies zeros by it too"
+
+
+def test_threads(shared):
+    inputs = [images(n) for n in (1, 2, 1)]
+    with torch.no_grad():
+        expected = [shared(x) for x in inputs]
+        with futures.ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(torch.no_grad()(shared), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_state_dict_and_restore():

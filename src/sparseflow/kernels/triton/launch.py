@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ class Launch:
         """Launch on the device of the arguments; nothing is launched for an empty grid."""
         if 0 in self.grid:
             return
-        with _device_of(self.arguments):
+        with _surroundings(self.arguments):
             self.kernel[self.grid](
                 **self.arguments,
                 **self.constants,
@@ -93,7 +94,15 @@ def runs_on(device: torch.device) -> bool:
     return device.type == ("cpu" if interpreting() else "cuda")
 
 
-def _device_of(arguments: dict[str, Argument]) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+_interpreter = threading.Lock()
+
+
+def _surroundings(arguments: dict[str, Argument]) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors.
+
+    Its interpreter replaces parts of ``triton.language`` while it runs a kernel, so that threads have to take turns.
+    """
+    if interpreting():
+        return _interpreter
     tensor = next(argument for argument in arguments.values() if isinstance(argument, Tensor))
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
