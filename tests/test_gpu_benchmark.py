@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import experiments, models, problem, suite, summary, sweep
-from sparseflow.bench.gpus import Gpu, parse, pick
 from benchmarks.gpu.layers import HEADLINE, LINEAR, LayerShape, resnet18, resnet50
 from benchmarks.gpu.problem import Problem, SparseWay
 from benchmarks.gpu.records import Figure, Gate, Journal, LayerRow, RedGate, to_json
@@ -21,6 +20,7 @@ from benchmarks.gpu.spikes import CLUSTERED, INDEPENDENT, PERSISTENT, draw
 from benchmarks.gpu.supervisor import in_flight, supervise
 from benchmarks.gpu.sweep import Sweep
 from benchmarks.gpu.timing import Sampler, WallTimer, alternate
+from sparseflow.bench.gpus import Gpu, parse, pick
 
 CPU = torch.device("cpu")
 TINY = LayerShape("3x3 16@5", 16, 16, (5, 5), kernel=3)
