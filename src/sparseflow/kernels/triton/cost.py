@@ -133,8 +133,8 @@ def tile_stages(
     """Prescan by tiles, and matrix product over the active channels.
 
     Halos overlap, so that the prescan reads pixels again from the cache, and gathered pixels are more than there were.
-    Every tile reads the weight, and every block of output channels the gathered pixels once: its other taps find them in
-    the L1 cache, through which these loads go. In group mode every tap reads the input.
+    Every tile reads the weight, and every block of output channels the gathered pixels once: its other taps find them
+    in the L1 cache, through which these loads go. In group mode every tap reads the input.
     """
     g, tiling = geometry, Tiling.of_side(geometry, variant.side)
     active = tiling.count * _padded_channels(g, variant, occupancy)
