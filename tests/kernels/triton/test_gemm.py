@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from sparseflow.kernels.base import ConvCall, LinearCall, conv_layout
 from sparseflow.kernels.reference import excess
+from sparseflow.kernels.triton import gemm
 from sparseflow.kernels.triton.backend import TileConv, TileLinear, TileVariant, tile_variants
 from sparseflow.kernels.triton.gemm import tile_gemm
+from sparseflow.kernels.triton.launch import recording
 from sparseflow.kernels.triton.prescan import prescan_tiles
 from sparseflow.kernels.triton.tiles import Tiling
 from sparseflow.kernels.triton.weights import pack
@@ -137,6 +141,26 @@ def test_offsets_need_not_fit_32_bits():
     )
     far.copy_(x)
     assert excess(run(case, far, weight, bias, TileVariant(4, True, 16, 16, 4, 2)), x, weight, bias, case.call) <= 1.0
+
+
+@pytest.mark.parametrize("features", [4096, 50_000])
+def test_offsets_inside_the_weight_are_wide_where_they_have_to_be(features):
+    x = torch.empty(4, features, dtype=torch.float16, device="meta")
+    kernel = TileLinear(4, features, features, x.dtype, tf32=False)
+    variant = kernel.variants()[0]
+    with recording() as launches:
+        packed = kernel.pack(torch.empty(features, features, dtype=x.dtype, device="meta"), variant)
+        kernel.compute(x, kernel.prescan(x, variant), packed, None, variant)
+    assert [launch.constants["WIDE"] for launch in launches] == [False, features == 50_000]
+
+
+def test_wide_offsets_find_the_same_weights():
+    case = Case((1, 20, 5, 5), (6, 20, 3, 3), CALL)
+    x, weight, bias = case.tensors(torch.float32, 0.3, "graded", 0)
+    variant = TileVariant(4, True, 16, 16, 4, 2)
+    narrow = run(case, x, weight, bias, variant)
+    with mock.patch.object(gemm, "is_wide", return_value=True):
+        assert torch.equal(run(case, x, weight, bias, variant), narrow)
 
 
 def test_tf32_rounds_no_worse_than_tf32():

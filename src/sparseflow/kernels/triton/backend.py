@@ -95,6 +95,7 @@ class TileVariant:
         return f"tile{self.side}-{mode}-{blocks}{'-tf32' if self.tf32 else ''}"
 
     @classmethod
+    @functools.cache
     def from_name(cls, name: str) -> TileVariant:
         """The variant called ``name``. Raises ``ValueError`` if it is no variant's name."""
         match = re.fullmatch(r"tile(\d+)-(channels|groups)-n(\d+)-k(\d+)-w(\d+)-s(\d+)(-tf32)?", name)
@@ -103,9 +104,6 @@ class TileVariant:
         side, mode, block_n, block_k, warps, stages, tf32 = match.groups()
         blocks = int(block_n), int(block_k), int(warps), int(stages)
         return cls(int(side), mode == "channels", *blocks, tf32 is not None)
-
-
-_variant = functools.lru_cache(maxsize=256)(TileVariant.from_name)
 
 
 def tile_variants(geometry: ConvGeometry, *, tf32: bool, parts: int) -> tuple[TileVariant, ...]:
@@ -157,21 +155,17 @@ class TileConv:
         return self._variants
 
     def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Packed:
-        return pack(weight, self.geometry.groups, tf32=_variant(variant).tf32, inspect=inspect)
+        return pack(weight, self.geometry.groups, tf32=TileVariant.from_name(variant).tf32, inspect=inspect)
 
     def prescan(self, x: Tensor, variant: str) -> TileScan:
-        v = _variant(variant)
+        v = TileVariant.from_name(variant)
         return prescan_tiles(x, Tiling.of_side(self.geometry, v.side), v.block_k, gather=v.gather)
 
     def compute(self, x: Tensor, scan: TileScan, packed: Packed, bias: Tensor | None, variant: str) -> Tensor:
-        return self._compute(x, scan, packed, bias, _variant(variant), self.layout.empty(self.dtype, x.device))
-
-    def _compute(
-        self, x: Tensor, scan: TileScan, packed: Packed, bias: Tensor | None, v: TileVariant, out: Tensor
-    ) -> Tensor:
-        bias = as_bias(bias, self.dtype)
+        v, out = TileVariant.from_name(variant), self.layout.empty(self.dtype, x.device)
         blocks = {"block_n": v.block_n, "block_k": v.block_k, "warps": v.warps, "stages": v.stages}
-        return tile_gemm(x, scan, packed, bias, out, Tiling.of_side(self.geometry, v.side), **blocks)
+        tiling = Tiling.of_side(self.geometry, v.side)
+        return tile_gemm(x, scan, packed, as_bias(bias, self.dtype), out, tiling, **blocks)
 
 
 class TileLinear(TileConv):

@@ -21,7 +21,7 @@ from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.plan import Path
 
 from .launch import launch
-from .prescan import is_inside, is_wide, pixel_offset, sizes, strides, tile_origin
+from .prescan import halo_pixel, is_inside, is_owned, is_wide, pixel_offset, sizes, strides, tile_origin
 from .rows import as_bias, offset
 from .tiles import Tiling, by_axis
 from .weights import padded_outputs
@@ -83,26 +83,23 @@ def _scan_tiles(
         channel = tl.arange(0, BLOCK)[:, None]
     corner = x_ptr + n.to(tl.int64) * x_n + (block * BLOCK).to(tl.int64) * x_c
     known = channel < channels - block * BLOCK
+    cz = tz * (TILE_D * STRIDE_D) - PAD_D
+    cy = ty * (TILE_H * STRIDE_H) - PAD_H
+    cx = tx * (TILE_W * STRIDE_W) - PAD_W
 
     nonzero = 0
     active = 0
     for start in range(0, HALO_D * HALO_H * HALO_W, ROWS):
-        hz = (start + row) // (HALO_H * HALO_W)
-        hy = (start + row) // HALO_W % HALO_H
-        hx = (start + row) % HALO_W
-        z = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
-        y = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
-        x = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
+        hz, hy, hx, z, y, x = halo_pixel(start + row, cz, cy, cx, STEP_D, STEP_H, STEP_W, HALO_H, HALO_W)
         inside = is_inside(z, y, x, IN_D, IN_H, IN_W) & (hz < HALO_D)
-        # Halos overlap; a pixel is counted by the first tile that has it.
-        owned_z = (hz < TILE_D * PITCH_D) | (tz == TILES_D - 1)
-        owned_y = (hy < TILE_H * PITCH_H) | (ty == TILES_H - 1)
-        owned_x = (hx < TILE_W * PITCH_W) | (tx == TILES_W - 1)
+        owned = is_owned(
+            hz, hy, hx, tz, ty, tx, TILES_D, TILES_H, TILES_W,
+            TILE_D * PITCH_D, TILE_H * PITCH_H, TILE_W * PITCH_W,
+        )  # fmt: skip
         where = pixel_offset(z, y, x, x_d, x_h, x_w, WIDE) + offset(channel, WIDE) * x_c
         value = tl.load(corner + where, mask=inside & known, other=0.0)
         hit = (value.to(tl.float32) != 0).to(tl.int32)  # true for NaN
-        counted = hit * (owned_z & owned_y & owned_x).to(tl.int32)
-        nonzero = tl.sum(tl.sum(counted, axis=1), axis=0) + nonzero
+        nonzero = tl.sum(tl.sum(hit * owned.to(tl.int32), axis=1), axis=0) + nonzero
         active = tl.maximum(active, tl.max(tl.max(hit, axis=1), axis=0))
     tl.store(counts_ptr + tile, nonzero)
     tl.store(counts_ptr + words + tile, active)
@@ -311,7 +308,7 @@ def _scan(x: Tensor, g: ConvGeometry, variant: BlockVariant) -> BlockScan:
         warps=4,
         stages=1,
         constants={
-            **_axes_of(tiling, "TILE", "HALO", "STEP", "PITCH", "STRIDE"),
+            **tiling.constants("TILE", "HALO", "STEP", "PITCH", "STRIDE"),
             "BLOCKS": blocks,
             "BLOCK": variant.channels,
             "ROWS": min(triton.next_power_of_2(tiling.halo_pixels), _ELEMENTS // variant.channels),
@@ -339,7 +336,7 @@ def _convolve(
         warps=min(max(tiling.rows * variant.channels // _ELEMENTS_A_WARP, 4), 16),
         stages=1,
         constants={
-            **_axes_of(tiling, "TILE", "STRIDE", "KERNEL"),
+            **tiling.constants("TILE", "STRIDE", "KERNEL"),
             **by_axis({"DILATION": g.dilation}),
             "MULTIPLIER": multiplier,
             "BLOCKS": -(-g.in_channels // variant.channels),
@@ -359,8 +356,3 @@ def _convolve(
         channels=g.in_channels,
         padded=packed.shape[-1],
     )
-
-
-def _axes_of(tiling: Tiling, *names: str) -> dict[str, int]:
-    """The tiling's compile-time constants of these names."""
-    return {name: value for name, value in tiling.constants().items() if name[:-2] in names}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from .launch import launch
 from .prescan import is_inside, is_wide
 from .rows import RowScan, as_bias, chunk_channels, chunks_of, offset, pixel_stride, scan_rows
 from .tiles import by_axis
-from .weights import padded_outputs
+from .weights import pack_rows, padded_outputs
 
 _PAIRS = 32  # (pixel, event) pairs that a program takes at once
 _COUNTS = 512  # (pixel, segment) pairs whose counts it holds
@@ -314,17 +313,6 @@ def linear_walks(geometry: ConvGeometry) -> tuple[Walk, ...]:
         Walk(1, min(32, events), wide, _splits(geometry, wide)),
         Walk(1, min(128, events), _output_block(geometry, 32)),
     )
-
-
-def pack_rows(weight: Tensor, groups: int) -> Tensor:
-    """``weight`` ``[O, C / groups, *kernel]`` as ``[groups, taps, C / groups, padded O / groups]``.
-
-    What one event adds to the outputs of its group is then one row, which starts on a multiple of 32 bytes.
-    """
-    outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:])
-    packed = weight.new_zeros(groups, taps, channels, padded_outputs(outputs))
-    packed[..., :outputs] = weight.reshape(groups, outputs, channels, taps).permute(0, 3, 2, 1)
-    return packed
 
 
 class _Strides(NamedTuple):

@@ -1,4 +1,5 @@
 # pyright: basic, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 """Stage 2 of the tile kernels: an implicit matrix product over the active channels of every tile."""
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import interpreting, launch
-from .prescan import TileScan, is_inside, is_wide, pixel_offset, sizes, strides, tile_origin
+from .prescan import TileScan, capacity_of, is_inside, is_wide, load_pixels, pixel_offset, sizes, strides, tile_origin
+from .rows import offset
 from .tiles import Tiling, by_axis
 from .weights import Packed, padded_outputs
 
@@ -45,10 +47,10 @@ def _whole(where, mask, part_size, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _load(image, pixel, inside, channel, known, x_c):
-    """``[pixels, channels]`` of an image, zero outside of it."""
-    where = image + pixel[:, None] + (channel.to(pixel.dtype) * x_c)[None, :]
-    return tl.load(where, mask=inside[:, None] & known[None, :], other=0.0)
+def _weight_rows(tap, channel, output, channels, padded, WIDE: tl.constexpr):
+    """Offsets ``[channels, outputs]`` inside the weight of one group; channels beyond it meet zeros in the input."""
+    row = tap * channels + tl.minimum(channel, channels - 1)
+    return offset(row, WIDE)[:, None] * padded + output[None, :]
 
 
 @triton.jit
@@ -189,8 +191,8 @@ def _tile_gemm(
             px = ix + rx * STEP_W
             inside = is_inside(pz, py, px, IN_D, IN_H, IN_W)
             pixel = pixel_offset(pz, py, px, x_d, x_h, x_w, WIDE)
-            a = _load(image, pixel, inside, channel, channel < channels, x_c)
-        rows = (tap * channels + tl.minimum(channel, channels - 1))[:, None] * padded + output[None, :]
+            a = load_pixels(image, pixel, inside, channel, channel < channels, x_c, True)
+        rows = _weight_rows(tap, channel, output, channels, padded, WIDE)
         acc = _dot(a.to(w_ptr.dtype.element_ty), weight, rows, known, part_size, acc, PARTS, UPCAST)
 
     scale = tl.full((BLOCK_N,), 1.0, tl.float32)
@@ -216,8 +218,8 @@ def _tile_gemm(
             px = ix + (tap % KERNEL_W) * (REACH_W * STEP_W)
             inside = is_inside(pz, py, px, IN_D, IN_H, IN_W)
             pixel = pixel_offset(pz, py, px, x_d, x_h, x_w, WIDE)
-            a = _load(image, pixel, inside, channel, listed, x_c)
-            rows = (tap * channels + tl.minimum(channel, channels - 1))[:, None] * padded + output[None, :]
+            a = load_pixels(image, pixel, inside, channel, listed, x_c, True)
+            rows = _weight_rows(tap, channel, output, channels, padded, WIDE)
             w = _whole(weight + rows, known, part_size, PARTS) * scale[None, :]
             acc = tl.dot(a, w, acc, input_precision="ieee")
 
@@ -263,7 +265,8 @@ def tile_gemm(
         warps=warps,
         stages=stages,
         constants={
-            **tiling.constants(),
+            **tiling.constants("TILE", "HALO", "STEP", "PITCH", "REACH", "STRIDE", "KERNEL"),
+            "GROUPS": g.groups,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "GATHERED": scan.gathered is not None,
@@ -274,7 +277,7 @@ def tile_gemm(
             "CHUNK": _CHUNK,
             "UPCAST": interpreting() and packed.parts.dtype == torch.bfloat16,  # whose products it gets wrong
             "OUT_LAST": out.stride(1) == 1,
-            "WIDE": is_wide(x) or is_wide(out),
+            "WIDE": is_wide(x) or is_wide(out) or packed.parts[0].numel() >= 2**31,
         },
         x_ptr=x,
         gathered_ptr=scan.gathered,
@@ -289,7 +292,7 @@ def tile_gemm(
         **sizes(tiling),
         **by_axis({"OUT": g.out_size}),
         channels=g.group_channels,
-        capacity=-(-g.group_channels // block_k) * block_k,
+        capacity=capacity_of(g, block_k),
         outputs=outputs,
         padded=padded,
         tiles=tiling.count,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseflow.kernels.geometry import ConvGeometry
+
 from .launch import launch
 from .tiles import Tiling, by_axis
 
@@ -54,19 +56,37 @@ def pixel_offset(z, y, x, s_d, s_h, s_w, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _load(image, pixel, inside, channel, known, x_c, CHANNELS_LAST: tl.constexpr):
+def halo_pixel(
+    row, z, y, x,
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, HALO_H: tl.constexpr, HALO_W: tl.constexpr,
+):  # fmt: skip
+    """Depth, row and column of numbered pixels in a halo, and their positions in the image; its corner is (z, y, x)."""
+    hz = row // (HALO_H * HALO_W)
+    hy = row // HALO_W % HALO_H
+    hx = row % HALO_W
+    return hz, hy, hx, z + hz * STEP_D, y + hy * STEP_H, x + hx * STEP_W
+
+
+@triton.jit
+def is_owned(
+    hz, hy, hx, tz, ty, tx, TILES_D, TILES_H, TILES_W,
+    OWNED_D: tl.constexpr, OWNED_H: tl.constexpr, OWNED_W: tl.constexpr,
+):  # fmt: skip
+    """Which pixels of a halo count for its tile: halos overlap, and the first tile that has a pixel counts it."""
+    z = (hz < OWNED_D) | (tz == TILES_D - 1)
+    y = (hy < OWNED_H) | (ty == TILES_H - 1)
+    x = (hx < OWNED_W) | (tx == TILES_W - 1)
+    return z & y & x
+
+
+@triton.jit
+def load_pixels(image, pixel, inside, channel, known, x_c, CHANNELS_LAST: tl.constexpr):
     """``[pixels, channels]`` of an image, read along the dimension that is contiguous in memory."""
     if CHANNELS_LAST:
         where = image + pixel[:, None] + (channel.to(pixel.dtype) * x_c)[None, :]
         return tl.load(where, mask=inside[:, None] & known[None, :], other=0.0)
     where = image + (channel.to(pixel.dtype) * x_c)[:, None] + pixel[None, :]
     return tl.trans(tl.load(where, mask=known[:, None] & inside[None, :], other=0.0))
-
-
-@triton.jit
-def _split(pixel, HALO_H: tl.constexpr, HALO_W: tl.constexpr):
-    """Depth, row and column of numbered pixels of a halo."""
-    return pixel // (HALO_H * HALO_W), pixel // HALO_W % HALO_H, pixel % HALO_W
 
 
 @triton.jit
@@ -131,6 +151,9 @@ def _prescan_tiles(
     group, n, tz, ty, tx = tile_origin(tile, TILES_D, TILES_H, TILES_W, GROUPS)
     image = x_ptr + n.to(tl.int64) * x_n + (group * channels).to(tl.int64) * x_c
     list_of_tile = list_ptr + tile.to(tl.int64) * (capacity // UNIT)
+    cz = tz * (TILE_D * STRIDE_D) - PAD_D
+    cy = ty * (TILE_H * STRIDE_H) - PAD_H
+    cx = tx * (TILE_W * STRIDE_W) - PAD_W
 
     active = 0
     nonzero = 0
@@ -140,20 +163,18 @@ def _prescan_tiles(
         hits = tl.zeros((BLOCK,), tl.int32)
         counted = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, PIXELS, ROWS):
-            hz, hy, hx = _split(start + tl.arange(0, ROWS), HALO_H, HALO_W)
-            iz = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
-            iy = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
-            ix = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
+            row = start + tl.arange(0, ROWS)
+            hz, hy, hx, iz, iy, ix = halo_pixel(row, cz, cy, cx, STEP_D, STEP_H, STEP_W, HALO_H, HALO_W)
             inside = is_inside(iz, iy, ix, IN_D, IN_H, IN_W) & (hz < HALO_D)
-            # Halos overlap; a pixel is counted by the first tile that has it.
-            owned_z = (hz < TILE_D * PITCH_D) | (tz == TILES_D - 1)
-            owned_y = (hy < TILE_H * PITCH_H) | (ty == TILES_H - 1)
-            owned_x = (hx < TILE_W * PITCH_W) | (tx == TILES_W - 1)
+            owned = is_owned(
+                hz, hy, hx, tz, ty, tx, TILES_D, TILES_H, TILES_W,
+                TILE_D * PITCH_D, TILE_H * PITCH_H, TILE_W * PITCH_W,
+            )  # fmt: skip
             pixel = pixel_offset(iz, iy, ix, x_d, x_h, x_w, WIDE)
-            x = _load(image, pixel, inside, channel, channel < channels, x_c, CHANNELS_LAST)
+            x = load_pixels(image, pixel, inside, channel, channel < channels, x_c, CHANNELS_LAST)
             hit = (x.to(tl.float32) != 0).to(tl.int32)
             hits += tl.sum(hit, axis=0)
-            counted += tl.sum(hit * (owned_z & owned_y & owned_x).to(tl.int32)[:, None], axis=0)
+            counted += tl.sum(hit * owned.to(tl.int32)[:, None], axis=0)
             if x_ptr.dtype.element_ty == tl.float32:
                 exact = tl.minimum(exact, tl.min(tl.min(_is_exact(x), axis=1), axis=0))
         nonzero += tl.sum(counted, axis=0)
@@ -180,14 +201,11 @@ def _prescan_tiles(
         for step in range(tl.cdiv(active, PADDED) * CHUNKS):
             at = step // CHUNKS * PADDED + k
             row = step % CHUNKS * GATHER_ROWS + tl.arange(0, GATHER_ROWS)
-            hz, hy, hx = _split(row, HALO_H, HALO_W)
-            iz = tz * (TILE_D * STRIDE_D) - PAD_D + hz * STEP_D
-            iy = ty * (TILE_H * STRIDE_H) - PAD_H + hy * STEP_H
-            ix = tx * (TILE_W * STRIDE_W) - PAD_W + hx * STEP_W
+            _, _, _, iz, iy, ix = halo_pixel(row, cz, cy, cx, STEP_D, STEP_H, STEP_W, HALO_H, HALO_W)
             inside = is_inside(iz, iy, ix, IN_D, IN_H, IN_W)
             pixel = pixel_offset(iz, iy, ix, x_d, x_h, x_w, WIDE)
             channel = tl.load(list_of_tile + at, mask=at < active, other=0)
-            x = _load(image, pixel, inside, channel, at < active, x_c, CHANNELS_LAST)
+            x = load_pixels(image, pixel, inside, channel, at < active, x_c, CHANNELS_LAST)
             where = tile_rows + row[:, None] * capacity + at[None, :]
             tl.store(where, x.to(gathered_ptr.dtype.element_ty), mask=(row < PIXELS)[:, None])
 
@@ -229,24 +247,16 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
     g = tiling.geometry
     unit, last = 1 if gather else block_k, x.stride(1) == 1
     block = max(block_k, min(triton.next_power_of_2(g.group_channels), _CHANNELS))
-    capacity = -(-g.group_channels // block_k) * block_k
-    units = block // unit
-    words = -(-units // _WORD)
-    counts = torch.empty((3, tiling.count), dtype=torch.int32, device=x.device)
-    bits = torch.empty((tiling.count, -(-g.group_channels // block) * words), dtype=torch.int32, device=x.device)
-    lists = torch.empty((tiling.count, capacity // unit), dtype=torch.int32, device=x.device)
-    gathered = None
-    if gather:
-        dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
-        gathered = torch.empty((tiling.count, tiling.halo_pixels, capacity), dtype=dtype, device=x.device)
-    constants = {name: value for name, value in tiling.constants().items() if not name.startswith(("KERNEL", "REACH"))}
+    words = -(-block // unit // _WORD)
+    scan = _unwritten(x, tiling, unit, block_k, -(-g.group_channels // block) * words)
     launch(
         _prescan_tiles,
         (tiling.count,),
         warps=_WARPS,
         stages=1,
         constants={
-            **constants,
+            **tiling.constants("TILE", "HALO", "STEP", "PITCH", "STRIDE"),
+            "GROUPS": g.groups,
             "ROWS": _rows(tiling, (_BYTES // x.element_size() if last else _ELEMENTS) // block),
             "BLOCK": block,
             "GATHER_ROWS": _rows(tiling, _ELEMENTS // block_k) if gather else 0,
@@ -257,18 +267,35 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
             "WIDE": is_wide(x),
         },
         x_ptr=x,
-        counts_ptr=counts,
-        bits_ptr=bits,
-        list_ptr=lists,
-        gathered_ptr=gathered,
+        counts_ptr=scan.counts,
+        bits_ptr=scan.bits,
+        list_ptr=scan.lists,
+        gathered_ptr=scan.gathered,
         **strides(x, "x"),
         **sizes(tiling),
         channels=g.group_channels,
-        capacity=capacity,
+        capacity=capacity_of(g, block_k),
         tiles=tiling.count,
     )
-    occupiable = tiling.count * -(-g.group_channels // unit)
-    return TileScan(tiling.covered, occupiable, counts, bits, lists, gathered)
+    return scan
+
+
+def _unwritten(x: Tensor, tiling: Tiling, unit: int, block_k: int, words: int) -> TileScan:
+    """The scan of ``x`` before the kernel has filled it in, with ``words`` words of bits for every tile."""
+    g, tiles, capacity = tiling.geometry, tiling.count, capacity_of(tiling.geometry, block_k)
+    counts = torch.empty((3, tiles), dtype=torch.int32, device=x.device)
+    bits = torch.empty((tiles, words), dtype=torch.int32, device=x.device)
+    lists = torch.empty((tiles, capacity // unit), dtype=torch.int32, device=x.device)
+    gathered = None
+    if unit == 1:
+        dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
+        gathered = torch.empty((tiles, tiling.halo_pixels, capacity), dtype=dtype, device=x.device)
+    return TileScan(tiling.covered, tiles * -(-g.group_channels // unit), counts, bits, lists, gathered)
+
+
+def capacity_of(geometry: ConvGeometry, block_k: int) -> int:
+    """Channels that a tile has room for: whole blocks."""
+    return -(-geometry.group_channels // block_k) * block_k
 
 
 def _rows(tiling: Tiling, most: int) -> int:

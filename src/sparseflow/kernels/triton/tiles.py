@@ -27,8 +27,11 @@ class Tiling:
     tile: Three
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)
     def of_side(cls, geometry: ConvGeometry, side: int) -> Tiling:
         """Tiles of 256, 64 or 16 outputs for ``side`` 16, 8 or 4: squares in two dimensions, runs in one.
+
+        The same arguments get the same object, since every call of a layer asks.
 
         >>> geometry = ConvGeometry.from_call((2, 8, 20, 20), (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1)
         >>> tiling = Tiling.of_side(geometry, 8)
@@ -93,16 +96,16 @@ class Tiling:
         g = self.geometry
         owned = min(self.halo[dim], self.tile[dim] * self.pitch[dim])
         last = self.grid[dim] - 1
-        starts = (t * self.tile[dim] * g.stride[dim] - g.padding[dim] for t in range(self.grid[dim]))
-        return sum(
-            0 <= start + i * self.step[dim] < g.in_size[dim]
-            for t, start in enumerate(starts)
-            for i in range(self.halo[dim] if t == last else owned)
-        )
+        total = 0
+        for t in range(self.grid[dim]):
+            start = t * self.tile[dim] * g.stride[dim] - g.padding[dim]
+            first, end = -(start // self.step[dim]), -((start - g.in_size[dim]) // self.step[dim])
+            total += max(0, min(end, self.halo[dim] if t == last else owned) - max(first, 0))
+        return total
 
-    def constants(self) -> dict[str, int]:
-        """The compile-time constants by which the kernels know the tiling."""
-        named = {
+    def constants(self, *names: str) -> dict[str, int]:
+        """The compile-time constants by which the kernels know the tiling, three of each of these ``names``."""
+        known = {
             "TILE": self.tile,
             "HALO": self.halo,
             "STEP": self.step,
@@ -111,10 +114,7 @@ class Tiling:
             "STRIDE": self.geometry.stride,
             "KERNEL": self.geometry.kernel,
         }
-        sizes = {
-            f"{name}_{axis}": value for name, three in named.items() for axis, value in zip("DHW", three, strict=True)
-        }
-        return {**sizes, "GROUPS": self.geometry.groups}
+        return by_axis({name: known[name] for name in names})
 
 
 def by_axis(named: dict[str, Three]) -> dict[str, int]:

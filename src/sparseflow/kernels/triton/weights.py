@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,17 @@ def padded_outputs(outputs: int) -> int:
     return -(-outputs // _ALIGNMENT) * _ALIGNMENT
 
 
+def pack_rows(weight: Tensor, groups: int) -> Tensor:
+    """``weight`` ``[O, C / groups, *kernel]`` as ``[groups, taps, C / groups, padded O / groups]``.
+
+    What one event adds to the outputs of its group is then one row, which starts on a multiple of 32 bytes.
+    """
+    outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:])
+    packed = weight.new_zeros(groups, taps, channels, padded_outputs(outputs))
+    packed[..., :outputs] = weight.reshape(groups, outputs, channels, taps).permute(0, 3, 2, 1)
+    return packed
+
+
 def pack(weight: Tensor, groups: int, *, tf32: bool, inspect: bool) -> Packed:
     """Pack ``weight [O, C / groups, *kernel]``.
 
@@ -49,7 +61,7 @@ def pack(weight: Tensor, groups: int, *, tf32: bool, inspect: bool) -> Packed:
         tf32: the user lets PyTorch's own float32 layers round to TF32: one float16 part then rounds no worse.
         inspect: look at the values, which waits for the device, and take two parts where they suffice. Otherwise three.
     """
-    rows = _rows(weight.detach(), groups)
+    rows = pack_rows(weight.detach(), groups)
     if weight.dtype != torch.float32:
         return Packed(rows[None], None)
     scaled, scale = _scaled(rows)
@@ -60,13 +72,6 @@ def pack(weight: Tensor, groups: int, *, tf32: bool, inspect: bool) -> Packed:
     if inspect and bool(_within_range(rows, scaled, high.float() + low.float(), scale)):
         return Packed(torch.stack((high, low)), scale)
     return Packed(_bfloat16_parts(rows), None)
-
-
-def _rows(weight: Tensor, groups: int) -> Tensor:
-    """``[groups, taps, channels, padded outputs]``."""
-    outputs = weight.shape[0] // groups
-    rows = weight.reshape(groups, outputs, weight.shape[1], -1).permute(0, 3, 2, 1)
-    return torch.nn.functional.pad(rows, (0, padded_outputs(outputs) - outputs)).contiguous()
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
