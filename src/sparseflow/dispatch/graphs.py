@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -17,7 +18,7 @@ from sparseflow.plan import Crossover
 
 from .measure import HOPELESS, VARIANT_DENSITY, Bench, Packing, Sample, Sweep, enough, shortest
 
-_REPLAY_MS = 0.2  # so long that the resolution of events (about 1 us) and the launch of a graph do not show
+_REPLAY_MS = 0.2  # longer than the host takes to launch a graph; the resolution of events is about 1 us
 _MAX_REPEATS = 64
 _WARM_UP = 3
 _HOST_CALLS = 20  # few enough that the queue of launches does not fill, which would make the host wait
@@ -40,33 +41,51 @@ class Replay:
     """A run captured in a CUDA graph, several times over, to be timed by events around its replay."""
 
     def __init__(self, run: Callable[[], object]):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                run()
-            once_ms = _between_events(run)
-        self._repeats = max(1, min(_MAX_REPEATS, math.ceil(_REPLAY_MS / max(once_ms, 1e-4))))
-        self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache, which takes longer than this.
-        with torch.cuda.stream(stream):
-            self._graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for _ in range(self._repeats):
-                    run()
-            finally:
-                self._graph.capture_end()
+        once = captured(run, warm_up=_WARM_UP)
+        self._repeats = max(1, min(_MAX_REPEATS, math.ceil(_REPLAY_MS / max(replay_ms(once), 1e-4))))
+        self._graph = captured(functools.partial(_repeat, run, self._repeats))
 
     def sample(self) -> Sample:
         """Milliseconds of one run."""
-        return Sample(_between_events(self._graph.replay) / self._repeats, disturbed=False)
+        return Sample(replay_ms(self._graph) / self._repeats, disturbed=False)
 
 
-def _between_events(run: Callable[[], object]) -> float:
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def captured(run: Callable[[], object], warm_up: int = 0) -> torch.cuda.CUDAGraph:
+    """What ``run`` launches on the current device as a graph, after ``warm_up`` runs. Waits for the device."""
+    stream, graph = _capture_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    # Not torch.cuda.graph(): it empties the allocator's cache, which takes longer than what is measured here.
+    with torch.cuda.stream(stream):
+        _repeat(run, warm_up)
+        torch.cuda.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # says only that something went wrong before
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:  # noqa: ARG001
+    # One for all captures: libraries keep a workspace for every stream they were used on.
+    return torch.cuda.Stream()
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """What a replay takes the device: of two, the second, which the host launches while the first one runs."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
     start.record()
-    run()
+    graph.replay()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)

@@ -14,10 +14,11 @@ from sparseflow.plan import Crossover, Path, Reason
 from .mailbox import Mailbox, capturing
 from .packing import PackedWeight
 from .policy import HYSTERESIS, BackOff, Policy, probe_interval
-from .resident import ResidentWeight
+from .resident import ResidentWeight, leaves
 from .stats import LayerStats
 
 logger = logging.getLogger("sparseflow")
+_ALIGNMENT = 16  # bytes; Triton compiles a kernel for pointers that are multiples of it, and another one for others
 
 
 class Measured(NamedTuple):
@@ -157,12 +158,24 @@ class HostSite:
 
 @dataclasses.dataclass(eq=False)
 class _Candidate:
-    """A deferred kernel, its policies, and its load (on its own axis) as last seen; ``None`` before that."""
+    """A deferred kernel, its policies, and its load (on its own axis) as last seen; ``None`` before that.
+
+    ``loaded`` says with which variants, forms of the weight and alignments of the input it has run: anything else would
+    compile or load code, which is not allowed while a graph is captured.
+    """
 
     kernel: Kernel
     eager: Policy
     graph: Policy
     load: float | None = None
+    loaded: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
+
+    def run(self, x: Tensor, packed: Any, bias: Tensor | None, variant: str) -> tuple[Any, Tensor]:
+        """What the prescan found, and the result."""
+        scan = self.kernel.prescan(x, variant)
+        y = self.kernel.compute(x, scan, packed, bias, variant)
+        self.loaded.add(_code(x, packed, variant))
+        return scan, y
 
     def policy(self, graphed: bool) -> Policy:
         return self.graph if graphed else self.eager
@@ -176,6 +189,12 @@ class _Candidate:
     def tells_density(self) -> bool:
         """Whether its load is one that every kernel counts."""
         return self.kernel.axis == DENSITY
+
+
+def _code(x: Tensor, packed: Any, variant: str) -> tuple[Any, ...]:
+    """What tells apart, among calls of one signature, those that run other compiled code."""
+    weight = leaves(packed)[0]
+    return variant, x.data_ptr() % _ALIGNMENT == 0, weight.dtype, weight.shape
 
 
 class DeferredSite:
@@ -224,33 +243,39 @@ class DeferredSite:
         self.layer.resident.meet(weight)
         candidate = self._running[False]
         packed = None if candidate is None else self._pack(weight, candidate, graphed=False)
-        self._prepare_capture(weight)
         self._look(x, None if packed is None else candidate)
-        if candidate is None or packed is None:
-            return _DENSE
-        kernel, variant = candidate.kernel, candidate.eager.crossover.variant
-        scan = kernel.prescan(x, variant)
-        if self._reports.due():
-            self._send(candidate, scan)
-            self._reports.back_off()
-        return kernel.path, kernel.compute(x, scan, packed, bias, variant)
+        taken = _DENSE
+        if candidate is not None and packed is not None:
+            scan, y = candidate.run(x, packed, bias, candidate.eager.crossover.variant)
+            taken = candidate.kernel.path, y
+            if self._reports.due():
+                self._send(candidate, scan)
+                self._reports.back_off()
+        self._prepare_capture(x, weight, bias)
+        return taken
 
     def _captured(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Attempt:
         candidate = self._running[True]
         if candidate is None:
             return _DENSE
-        kernel, variant = candidate.kernel, candidate.graph.crossover.variant
-        packed = self.layer.resident.captured(weight, kernel, variant)
+        variant = candidate.graph.crossover.variant
+        packed = self.layer.resident.captured(weight, candidate.kernel, variant)
         if packed is None:
             self.layer.say_captured_dense("its weight has changed lately or is not finite")
             return _DENSE
-        return kernel.path, kernel.compute(x, kernel.prescan(x, variant), packed, bias, variant)
+        if _code(x, packed, variant) not in candidate.loaded:
+            self.layer.say_captured_dense("its kernel has not run yet")
+            return _DENSE
+        return candidate.kernel.path, candidate.run(x, packed, bias, variant)[1]
 
-    def _prepare_capture(self, weight: Tensor) -> None:
-        """Pack for the kernel that a capture would run, since a capture cannot."""
+    def _prepare_capture(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Pack for the kernel that a capture would run, and run it once: a capture can neither pack nor load code."""
         candidate = self._running[True]
-        if candidate is not None and self.layer.resident.settled:
-            self._pack(weight, candidate, graphed=True)
+        if candidate is None or not self.layer.resident.settled:
+            return
+        packed, variant = self._pack(weight, candidate, graphed=True), candidate.graph.crossover.variant
+        if packed is not None and _code(x, packed, variant) not in candidate.loaded:
+            candidate.run(x, packed, bias, variant)
 
     def _pack(self, weight: Tensor, candidate: _Candidate, *, graphed: bool) -> Any:
         policy = candidate.policy(graphed)

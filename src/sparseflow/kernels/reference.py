@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Call
+from .base import Call, ConvCall
+from .precision import tf32_convolution, tf32_matmul
+
+_TF32_EPS = 2.0**-10
 
 
 def _double(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -34,8 +37,9 @@ def error_budget(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> 
     ``(sqrt(n) + 1) u`` times the sum of their magnitudes, ``u`` being half the machine epsilon of the dtype. That is
     the growth of rounding errors that are as often up as down (Higham and Mary, *A New Approach to Probabilistic
     Rounding Error Analysis*, 2019); a kernel is free to add in any order. Float64 results have no better oracle than
-    another sum of the same kind, so there the band counts twice. Below the normal numbers nothing is relative any more:
-    what is flushed to zero is no error.
+    another sum of the same kind, so there the band counts twice. Where the user lets a GPU round float32 to TF32, ``u``
+    is that of TF32, whether or not the dense layer happens to use it. Below the normal numbers nothing is relative any
+    more: what is flushed to zero is no error.
     """
     exact = oracle(x, weight, bias, call)
     with torch.no_grad():
@@ -44,8 +48,16 @@ def error_budget(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> 
     worst = errors[errors.isfinite()].max() if bool(errors.isfinite().any()) else exact.new_zeros(())
     magnitude = oracle(x.abs(), weight.abs(), None if bias is None else bias.abs(), call)
     terms = oracle(x != 0, torch.ones_like(weight), None if bias is None else torch.ones_like(bias), call)
-    unit = torch.finfo(x.dtype).eps / 2 * (2 if x.dtype == torch.float64 else 1)
-    return 2 * worst + (terms.sqrt() + 1) * unit * magnitude + _underflow(x.dtype)
+    return 2 * worst + (terms.sqrt() + 1) * _unit(x, call) * magnitude + _underflow(x.dtype)
+
+
+def _unit(x: Tensor, call: Call) -> float:
+    """Half the machine epsilon that the user lets a layer of this dtype work with, doubled for float64."""
+    if x.dtype == torch.float64:
+        return torch.finfo(x.dtype).eps
+    rounds = tf32_convolution if isinstance(call, ConvCall) else tf32_matmul
+    tf32 = x.is_cuda and x.dtype == torch.float32 and rounds()
+    return (_TF32_EPS if tf32 else torch.finfo(x.dtype).eps) / 2
 
 
 def _underflow(dtype: torch.dtype) -> float:
