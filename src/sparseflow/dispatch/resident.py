@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 import threading
@@ -15,7 +14,6 @@ from torch import Tensor
 from sparseflow.kernels.base import Kernel
 from sparseflow.plan import Crossover
 
-from .aside import aside
 from .mailbox import Mailbox
 from .packing import WeightState, finite
 
@@ -131,12 +129,8 @@ class ResidentWeight:
         self._state, self._calls, self._asked, self._read = state, 0, False, False
 
     def _pack(self, weight: Tensor, kernel: Kernel, variant: str, settled: bool) -> _Copy | None:
-        with self._lock:
-            return aside(functools.partial(self._pack_here, weight, kernel, variant, settled), weight.device)
-
-    def _pack_here(self, weight: Tensor, kernel: Kernel, variant: str, settled: bool) -> _Copy | None:
         # Tensors made in inference mode could not be written again outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             cast = weight.detach().to(kernel.dtype)
             self._check(cast, settled)
             held = self._copies.get((type(kernel), variant, kernel.dtype))
