@@ -66,6 +66,32 @@ def test_a_kernel_that_needs_too_much_memory_is_not_used(monkeypatch, caplog):
     assert "conv1: no memory left" in caplog.text
 
 
+class Demanding(FakeKernel):
+    """Asks for more than the GPU has: ``refused`` of its variants do not run."""
+
+    def __init__(self, refused):
+        super().__init__()
+        self.refused = refused
+
+    def compute(self, x, scan, packed, bias, variant):
+        if variant in self.refused:
+            raise RuntimeError("out of resource: shared memory")
+        return super().compute(x, scan, packed, bias, variant)
+
+
+@pytest.mark.parametrize(("refused", "variant"), [("", {"a", "b"}), ("a", {"b"}), ("ab", None)])
+def test_what_does_not_run_on_this_gpu_is_left_out(monkeypatch, caplog, refused, variant):
+    monkeypatch.setattr(crossovers.shared_cache, "get", lambda key: None)
+    monkeypatch.setattr(crossovers.shared_cache, "put", lambda crossover: None)
+    arguments = torch.zeros(5, 16), WEIGHT, None, LINEAR
+    found = CrossoverSource("conv1", RuntimeConfig()).of((Demanding(refused),), *arguments)
+    if variant is None:
+        assert found == ()
+        assert "conv1: the tile kernel cannot be used here: RuntimeError: out of resource" in caplog.text
+    else:
+        assert found[0][1].eager.variant in variant
+
+
 def test_kernels_of_one_layer_share_its_budget_and_count_once(monkeypatch):
     shares = []
 

@@ -210,7 +210,26 @@ def test_inside_a_graph_other_times_count(monkeypatch):
     assert paths(runtime, x, x) == [Path.DENSE, Path.DENSE]
     for module in (sites, runtime_module):
         monkeypatch.setattr(module, "capturing", lambda x: True)
+    before = kernel.prescans
     assert paths(runtime, x) == [Path.TILE]
+    assert kernel.prescans == before + 1
+
+
+def test_a_capture_runs_no_code_for_the_first_time(monkeypatch, caplog):
+    """Loading it is not allowed then: what only a graph would run runs once before, for such an input."""
+    kernel, (eager, _) = tile(at_zero=1.5)
+    graph = curve("graph", kernel, at_zero=0.0, at_one=2.0)
+    runtime = runtime_for(monkeypatch, (kernel, Measured(eager, graph)))
+    computed, compute = [], kernel.compute
+    kernel.compute = lambda *arguments: computed.append(1) or compute(*arguments)
+    x = columns(0.3)
+    assert paths(runtime, x, x, x) == [Path.DENSE] * 3
+    assert len(computed) == 1
+    unaligned = torch.zeros(1 + x.numel())[1:].view_as(x).copy_(x)
+    for module in (sites, runtime_module):
+        monkeypatch.setattr(module, "capturing", lambda x: True)
+    assert paths(runtime, x, unaligned) == [Path.TILE, Path.DENSE]
+    assert "its kernel has not run yet" in caplog.text
 
 
 def test_forced_sparse_runs_the_first_kernel_and_still_counts(monkeypatch):

@@ -22,6 +22,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=missing))
 
 
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """Float32 is float32: rounded to TF32, dense and sparse let other neurons fire."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
 @pytest.fixture
 def net():
     """A small net on the current GPU whose spike-fed layers are forced onto the Triton kernels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparseflow.kernels import reference
 from sparseflow.kernels.base import LinearCall
 from sparseflow.kernels.reference import error_budget, excess
 
@@ -42,3 +43,21 @@ def test_what_is_flushed_to_zero_is_no_error():
 def test_the_budget_of_half_precision_reaches_its_smallest_numbers():
     x, weight = torch.ones(1, 1, dtype=torch.float16), torch.full((1, 1), 1e-7, dtype=torch.float16)
     assert 2.0**-25 <= error_budget(x, weight, None, CALL).item() < 2.0**-24
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_budget_is_that_of_tf32_only_where_the_user_allows_it(monkeypatch, allowed):
+    monkeypatch.setattr(reference, "tf32_matmul", lambda: allowed)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.ones(1, 64), torch.randn(8, 64, generator=generator)
+    rounded = weight.half().float()  # as many bits as TF32
+    y = CALL.dense(x, rounded, None)
+    assert (excess(y, x.as_subclass(OnGpu), weight, None, CALL) <= 1.0) == allowed
+    assert excess(y, x, weight, None, CALL) > 1.0
+    assert excess(y.half(), x.half().as_subclass(OnGpu), weight.half(), None, CALL) <= 1.0

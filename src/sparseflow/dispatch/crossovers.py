@@ -18,7 +18,7 @@ from sparseflow.plan import Crossover, Path
 
 from .cache import CrossoverCache
 from .graphs import measure_on_gpu
-from .measure import measure
+from .measure import UnusableKernelError, measure
 from .progress import layer_budget, note_disturbed
 from .sites import Measured
 
@@ -53,7 +53,7 @@ class CrossoverSource:
     ) -> tuple[tuple[Kernel, Measured], ...]:
         """The kernels with their crossovers for this signature; what is missing is measured within one layer's budget.
 
-        A kernel that there is no memory to measure is left out.
+        A kernel that there is no memory to measure, or that does not run here, is left out.
         """
         found = [self._found(kernel, x, weight, call) for kernel in kernels]
         missing = found.count(None)
@@ -94,6 +94,9 @@ class CrossoverSource:
                 found = Measured(crossover, crossover)
         except torch.OutOfMemoryError:
             logger.warning("%s: no memory left to measure the %s kernel; it is not used", self.layer, kernel.path)
+            return None
+        except UnusableKernelError as error:
+            logger.warning("%s: the %s kernel cannot be used here: %s", self.layer, kernel.path, error)
             return None
         self._measured.setdefault(kernel.path, []).append((x.numel(), found))
         for crossover in dict.fromkeys(found):

@@ -75,6 +75,10 @@ def curve(points: Iterable[tuple[float, float]]) -> tuple[tuple[float, ...], tup
     return tuple(longest), tuple(longest.values())
 
 
+class UnusableKernelError(RuntimeError):
+    """A kernel that does not compile or run here."""
+
+
 class Bench:
     """Dense and sparse runs of one layer, and the inputs of a sweep."""
 
@@ -114,19 +118,31 @@ class Bench:
         self.kernel.compute(x, self.kernel.prescan(x, variant), packed, self.bias, variant)
 
     def prepared(self, x: Tensor, budget: MeasureBudget) -> dict[str, Packing]:
-        """Every variant worth timing with its packed weight, compiled; the first only once compiling takes too long."""
+        """Every variant worth timing with its packed weight, compiled; the first only once compiling takes too long.
+
+        Raises:
+            UnusableKernelError: no variant compiles and runs on this GPU.
+        """
         found: dict[str, Packing] = {}
-        compiling = compile_budget(budget)
+        compiling, failure = compile_budget(budget), None
         for variant in self.kernel.variants():
             if found and compiling.spent:
                 break
             if self.kernel.deferred:
-                with compiling.spending():
-                    self.sparse(x, self.kernel.pack(self.weight, variant), variant)
+                try:
+                    with compiling.spending():
+                        self.sparse(x, self.kernel.pack(self.weight, variant), variant)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # of the compiler's many: a small GPU has no room for every variant
+                    failure = error
+                    continue
             started = time.perf_counter_ns()
             values = self.kernel.pack(self.weight, variant)
             _wait_for(x.device)
             found[variant] = Packing(values, (time.perf_counter_ns() - started) / 1e6)
+        if not found:
+            raise UnusableKernelError(f"{type(failure).__name__}: {failure}") from failure
         return found
 
     def best_variant(self, budget: MeasureBudget) -> tuple[str, Packing]:

@@ -138,7 +138,7 @@ class LayerRuntime:
         else:
             found = self._crossovers.of(kernels, x, weight, bias, call)
         if not found:
-            return DenseSite(Refusal(Reason.NO_ENGINE, "there was no memory to measure it"))
+            return DenseSite(Refusal(Reason.NO_ENGINE, "there was no memory to measure any, or none runs here"))
         if not kernels[0].deferred:
             return HostSite(cast(HostKernel, found[0][0]), found[0][1], self._state)
         site = DeferredSite(found, self._state)
