@@ -18,7 +18,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .frameworks import register_neuron
-from .frameworks.spec import NeuronSpec
+from .neuron import NeuronSpec
 from .observe import profile, verify
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
 from .version import __version__

@@ -40,14 +40,12 @@ COMMON_FLAGS = (
     "-Wno-maybe-uninitialized",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
-_AVX512 = (
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2"),
-    "-mprefer-vector-width=512",
-)
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 X86_UNITS: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": ("-DSF_AVX2", *_AVX2),
     "avx512": ("-DSF_AVX512", *_AVX2, *_AVX512),
+    "avx512vbmi": ("-DSF_AVX512", "-DSF_VBMI", *_AVX2, *_AVX512, "-mavx512vbmi", "-mavx512vbmi2"),
 }
 
 

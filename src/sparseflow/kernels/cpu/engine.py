@@ -69,11 +69,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
 
 
-def _library() -> ctypes.CDLL:
-    library = _load()[0]
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The loaded engine. Raises :class:`~sparseflow.kernels.cpu.loader.EngineUnavailableError` without one."""
+    loaded = _load()[0]
+    if loaded is None:
         raise loader.EngineUnavailableError(reason())
-    return library
+    return loaded
 
 
 def available() -> bool:
@@ -89,8 +90,8 @@ def reason() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"portable"``; empty without an engine."""
-    return _library().sf_isa().decode() if available() else ""
+    """The instruction set in use: ``avx512vbmi``, ``avx512``, ``avx2`` or ``portable``; empty without an engine."""
+    return library().sf_isa().decode() if available() else ""
 
 
 def select_isa(name: str) -> str:
@@ -98,7 +99,7 @@ def select_isa(name: str) -> str:
 
     Raises :class:`~sparseflow.kernels.cpu.loader.EngineUnavailableError` if the processor does not have it.
     """
-    return loader.select(_library(), name or os.environ.get("SPARSEFLOW_ISA", ""))
+    return loader.select(library(), name or os.environ.get("SPARSEFLOW_ISA", ""))
 
 
 # ---- stage 1 -------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _prescan(x: Tensor, cached: tuple[Any, int, int], channels_last: bool) -> Pr
     counts = (ctypes.c_int64 * 3)()
     numel = x.numel()
     pointer = bits.data_ptr()
-    _library().sf_prescan(struct, x.data_ptr(), pointer, pointer + 8 * words, counts, _threads(numel))
+    library().sf_prescan(struct, x.data_ptr(), pointer, pointer + 8 * words, counts, threads_for(numel))
     nonzero, occupied, binary = counts
     return Prescan(nonzero, numel, occupied, words, binary != 0, bits, x, channels_last)
 
@@ -178,7 +179,7 @@ def pack_conv_weight(weight: Tensor, groups: int, variant: Variant) -> Tensor:
     outputs = -(-weight.shape[0] // groups // variant.block) * variant.block * groups
     packed = torch.empty(outputs * weight[0].numel() if outputs else 0, dtype=weight.dtype)
     where = weight.data_ptr(), size, stride, groups, variant.block, DTYPES[weight.dtype], packed.data_ptr()
-    _library().sf_pack(*where, _threads(packed.numel()))
+    library().sf_pack(*where, threads_for(packed.numel()))
     return packed
 
 
@@ -196,7 +197,7 @@ def weights_match(weight: Tensor, packed: Tensor, groups: int, variant: Variant,
     size, stride = _five_dims(weight.shape, weight.stride())
     groups = 1 if variant.structure == Structure.DEPTHWISE else groups
     where = weight.data_ptr(), size, stride, groups, variant.block, DTYPES[weight.dtype], packed.data_ptr()
-    return _library().sf_match(*where, offset, _SAMPLES) != 0
+    return library().sf_match(*where, offset, _SAMPLES) != 0
 
 
 # ---- stage 2 -------------------------------------------------------------------------------------------------------
@@ -223,9 +224,9 @@ def conv(
     if out.numel() == 0:
         return out
     fixed = resolve(variant, geometry, packed.dtype, scan.density)
-    struct = _conv_struct(geometry, fixed, packed.dtype, scan.channels_last, channels_last)
+    struct = conv_struct(geometry, fixed, packed.dtype, scan.channels_last, channels_last)
     work = scan.nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + out.numel()
-    _compute(_library().sf_conv, struct, scan, packed, bias, out, work)
+    _compute(library().sf_conv, struct, scan, packed, bias, out, work)
     return out
 
 
@@ -243,16 +244,16 @@ def linear(
         out = torch.empty(rows, outputs, dtype=packed.dtype)
     if out.numel() == 0:
         return out
-    outputs, library = out.shape[1], _library()
+    outputs = out.shape[1]
     work = scan.nonzero * outputs + out.numel()
     if variant.structure == Structure.ROWS:
         struct = _linear_struct(rows, features, outputs, variant, packed.dtype)
-        _compute(library.sf_linear, struct, scan, packed, bias, out, work)
+        _compute(library().sf_linear, struct, scan, packed, bias, out, work)
     else:
         geometry = _linear_geometry(rows, features, outputs)
         fixed = resolve(variant, geometry, packed.dtype, scan.density)
-        struct = _conv_struct(geometry, fixed, packed.dtype, True, True)
-        _compute(library.sf_conv, struct, scan, packed, bias, out, work)
+        struct = conv_struct(geometry, fixed, packed.dtype, True, True)
+        _compute(library().sf_conv, struct, scan, packed, bias, out, work)
     return out
 
 
@@ -271,13 +272,14 @@ def _compute(
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         not scan.binary,
-        _threads(work),
+        threads_for(work),
     )
     if status != 0:
         raise MemoryError("the native engine could not allocate its workspace")
 
 
-def _threads(work: int) -> int:
+def threads_for(work: int) -> int:
+    """Threads worth waking for this many additions."""
     return torch.get_num_threads() if work >= _MIN_PARALLEL_WORK else 1
 
 
@@ -309,9 +311,10 @@ def _five_dims(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, A
     return five(*shape[:2], *ones, *shape[2:]), five(*strides[:2], *zeros, *strides[2:])
 
 
-def _conv_struct(
+def conv_struct(
     geometry: ConvGeometry, variant: Variant, dtype: torch.dtype, x_channels_last: bool, out_channels_last: bool
 ) -> Any:
+    """Reference to the ``SfConv`` of a fixed variant, made once a geometry."""
     structs: dict[Any, Any] = geometry._structs  # type: ignore[attr-defined]
     key = (variant, dtype, x_channels_last, out_channels_last)
     struct = structs.get(key)

@@ -14,7 +14,7 @@ import torch  # noqa: F401  (must be loaded first: the engine then shares torch'
 
 from . import build
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _log = logging.getLogger("sparseflow")
 
 
@@ -25,8 +25,8 @@ class EngineUnavailableError(RuntimeError):
 def load() -> ctypes.CDLL:
     """The engine's library, ready to call. Raises :class:`EngineUnavailableError`.
 
-    ``SPARSEFLOW_NATIVE=0`` disables the engine, ``SPARSEFLOW_ISA`` (``avx512``, ``avx2`` or ``portable``) forces an
-    instruction set.
+    ``SPARSEFLOW_NATIVE=0`` disables the engine, ``SPARSEFLOW_ISA`` (``avx512vbmi``, ``avx512``, ``avx2`` or
+    ``portable``) forces an instruction set.
     """
     if os.environ.get("SPARSEFLOW_NATIVE", "1") == "0":
         raise EngineUnavailableError("the native engine is disabled by SPARSEFLOW_NATIVE=0")
@@ -44,7 +44,9 @@ def select(library: ctypes.CDLL, isa: str) -> str:
     """Make ``library`` use an instruction set, the best one for ``""``. Raises :class:`EngineUnavailableError`."""
     chosen = library.sf_select(isa.encode())
     if chosen is None:
-        raise EngineUnavailableError(f"this processor cannot run SPARSEFLOW_ISA={isa!r} (avx512, avx2 or portable)")
+        raise EngineUnavailableError(
+            f"this processor cannot run SPARSEFLOW_ISA={isa!r} (avx512vbmi, avx512, avx2 or portable)"
+        )
     return chosen.decode()
 
 
@@ -80,6 +82,14 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_prescan": (None, [pointer] * 5 + [integer]),
         "sf_conv": (integer, [pointer] * 7 + [integer, integer]),
         "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
+        "sf_block_conv": (integer, [pointer] * 6 + [integer]),
+        "sf_block_dense": (integer, [pointer] * 2 + [integer]),
+        "sf_unpack": (None, [pointer] * 2 + [size, size, pointer, integer]),
+        "sf_add": (None, [pointer] * 4 + [size] * 3 + [pointer] * 4 + [integer]),
+        "sf_logical": (None, [pointer] * 2 + [integer, size, size] + [pointer] * 3 + [integer]),
+        "sf_max_pool": (None, [pointer] * 5 + [integer]),
+        "sf_avg_pool": (None, [pointer] * 4 + [integer]),
+        "sf_concat": (None, [integer] + [pointer] * 2 + [size] * 2 + [pointer] * 3 + [integer]),
         "sf_pack": (None, [pointer] * 3 + [size, size, integer, pointer, integer]),
         "sf_match": (integer, [pointer] * 3 + [size, size, integer, pointer, size, size]),
         "sf_poison_workspace": (None, [integer]),

@@ -32,6 +32,40 @@ class ScanStruct(ctypes.Structure):
     ]
 
 
+class NeuronStruct(ctypes.Structure):
+    """``SfNeuron`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("charge", "reset", "timing")),
+        *((name, ctypes.c_float) for name in ("reset_value", "rest", "start")),
+        *((name, ctypes.c_void_p) for name in ("fires_above", "threshold", "decay")),
+        ("gains", ctypes.c_void_p * 3),
+        ("synapse_decay", ctypes.c_void_p),
+    ]
+
+
+class BlockStruct(ctypes.Structure):
+    """``SfBlock`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("steps", "batch", "pixels", "row_pixels", "channels")),
+        *((name, ctypes.c_void_p) for name in ("scale", "shift", "residual", "residual_bits", "residual_counts")),
+        ("neuron", NeuronStruct),
+        *((name, ctypes.c_void_p) for name in ("v", "syn", "v_seq", "bits", "row_counts", "nonzero", "out")),
+        *((name, ctypes.c_int32) for name in ("fresh", "invariant")),
+    ]
+
+
+class PoolStruct(ctypes.Structure):
+    """``SfPool`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "channels")),
+        *((name, ctypes.c_int64 * 3) for name in ("in_size", "out_size", "kernel", "stride", "padding", "dilation")),
+        ("include_pad", ctypes.c_int32),
+    ]
+
+
 class LinearStruct(ctypes.Structure):
     """``SfLinear`` of abi.h."""
 

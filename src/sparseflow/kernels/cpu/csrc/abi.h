@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define SF_ABI_VERSION 1
+#define SF_ABI_VERSION 2
 
 enum SfType : int32_t { SF_F32 = 0, SF_BF16 = 1, SF_F16 = 2, SF_F64 = 3, SF_TYPES = 4 };
 
@@ -31,6 +31,62 @@ struct SfLinear {
   int32_t type;
 };
 
+// How a neuron steps; the enumerators follow sparseflow/neuron.py. Constants are float32 arrays that may be read up to
+// SF_PADDING elements past the last channel.
+#define SF_PADDING 128
+
+enum SfCharge : int32_t {
+  SF_NO_NEURON = -1,
+  SF_INTEGRATE = 0,
+  SF_LEAK_INPUT = 1,
+  SF_LEAK = 2,
+  SF_LEAK_INPUT_RATE = 3,
+  SF_LEAK_RATE = 4,
+  SF_DECAY = 5,
+  SF_DECAY_GAIN = 6,
+  SF_SYNAPTIC = 7,
+};
+enum SfReset : int32_t { SF_HARD = 0, SF_SOFT = 1, SF_NONE = 2 };
+enum SfTiming : int32_t { SF_SAME_STEP = 0, SF_NEXT_STEP = 1, SF_BOTH = 2 };
+
+struct SfNeuron {
+  int32_t charge, reset, timing;
+  float reset_value, rest, start;   // value after a hard reset; resting value of the charge; membrane of a fresh state
+  const float* fires_above;         // the neuron fires where v > fires_above
+  const float* threshold;
+  const float* decay;
+  const float* gains[3];
+  const float* synapse_decay;
+};
+
+// What follows the sums of a layer: x = sums * scale + shift + residual, then a neuron over all time steps.
+// Tensors are [steps * batch, pixels, channels]; state is [batch, pixels, channels]; bits [images, pixels, words].
+struct SfBlock {
+  int64_t steps, batch, pixels, row_pixels, channels;
+  const float* scale;               // null: left out
+  const float* shift;
+  const float* residual;            // at most one of the three
+  const uint64_t* residual_bits;
+  const uint8_t* residual_counts;   // read together with residual_bits
+  SfNeuron neuron;
+  float* v;
+  float* syn;                       // null for a neuron without synaptic current
+  float* v_seq;                     // null: not wanted
+  uint64_t* bits;                   // results of a neuron, with one count per row of pixels
+  uint32_t* row_counts;             // zeroed by the callee
+  int64_t* nonzero;                 // their sum
+  float* out;                       // result without a neuron
+  int32_t fresh;                    // the state is not read
+  int32_t invariant;                // dense sums are [batch, pixels, channels], the same at every step
+};
+
+// Pooling of packed spikes [images, in pixels, words].
+struct SfPool {
+  int64_t images, channels;
+  int64_t in_size[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
+  int32_t include_pad;
+};
+
 // One instruction set's implementations, indexed by SfType.
 struct SfKernels {
   const char* isa;
@@ -41,6 +97,20 @@ struct SfKernels {
                          const void* packed, const void* bias, void* out, int graded, int threads);
   int (*linear[SF_TYPES])(const SfLinear&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
                            const void* packed, const void* bias, void* out, int graded, int threads);
+  // Float32. `counts` are the spikes' values where some are above 1, else null.
+  int (*block_conv)(const SfConv&, const SfBlock&, const uint64_t* bits, const uint32_t* row_counts,
+                    const uint8_t* counts, const float* packed, int threads);
+  int (*block_dense)(const SfBlock&, const float* sums, int threads);
+  void (*unpack)(const uint64_t* bits, const uint8_t* counts, int64_t pixels, int64_t channels, float* out, int threads);
+  void (*add)(const uint64_t* a_bits, const uint8_t* a_counts, const uint64_t* b_bits, const uint8_t* b_counts,
+              int64_t rows, int64_t row_pixels, int64_t channels, uint64_t* bits, uint8_t* counts, uint32_t* row_counts,
+              int threads);
+  void (*logical)(const uint64_t* a, const uint64_t* b, int op, int64_t rows, int64_t row_words, uint64_t* bits,
+                  uint32_t* row_counts, int threads);
+  void (*max_pool)(const SfPool&, const uint64_t* x, uint64_t* bits, uint32_t* row_counts, int threads);
+  void (*avg_pool)(const SfPool&, const uint64_t* x, const uint8_t* counts, float* out, int threads);
+  void (*concat)(int parts, const uint64_t* const* bits, const int64_t* channels, int64_t rows, int64_t row_pixels,
+                 uint64_t* out, uint32_t* row_counts, int threads);
 };
 
 extern "C" {

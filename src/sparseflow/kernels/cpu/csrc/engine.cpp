@@ -9,6 +9,7 @@ extern const SfKernels sf_kernels_portable;
 #if defined(__x86_64__)
 extern const SfKernels sf_kernels_avx2;
 extern const SfKernels sf_kernels_avx512;
+extern const SfKernels sf_kernels_avx512vbmi;
 #endif
 
 namespace {
@@ -40,6 +41,7 @@ thread_local Workspace workspace;
 
 const SfKernels* const kCandidates[] = {
 #if defined(__x86_64__)
+    &sf_kernels_avx512vbmi,
     &sf_kernels_avx512,
     &sf_kernels_avx2,
 #endif
@@ -48,10 +50,11 @@ const SfKernels* const kCandidates[] = {
 
 bool runs_here(const SfKernels* kernels) {
 #if defined(__x86_64__)
-  if (kernels == &sf_kernels_avx512) {
+  if (kernels == &sf_kernels_avx512 || kernels == &sf_kernels_avx512vbmi) {
+    const bool vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+           (vbmi || kernels == &sf_kernels_avx512);
   }
   if (kernels == &sf_kernels_avx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -100,6 +103,16 @@ struct PackedOrder {
   // Place of output channel i within its block; packed_place in simd.h is the kernels' view of the same order.
   int64_t place(int64_t i) const { return interleaved ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i; }
 };
+
+int64_t sum(const uint32_t* row_counts, int64_t rows) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < rows; i++) total += row_counts[i];
+  return total;
+}
+
+void sum_spikes(const SfBlock& b) {
+  if (b.nonzero != nullptr) *b.nonzero = sum(b.row_counts, b.steps * b.batch * (b.pixels / b.row_pixels));
+}
 
 template <class Element>
 void pack(const WeightView& w, const PackedOrder& order, Element* packed, int threads) {
@@ -174,6 +187,53 @@ SF_EXPORT int sf_conv(const SfConv* p, const void* x, const uint64_t* bits, cons
 SF_EXPORT int sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
                         const void* packed, const void* bias, void* out, int graded, int threads) {
   return kernels->linear[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+}
+
+SF_EXPORT int sf_block_conv(const SfConv* p, const SfBlock* block, const uint64_t* bits, const uint32_t* row_counts,
+                            const uint8_t* counts, const float* packed, int threads) {
+  const int status = kernels->block_conv(*p, *block, bits, row_counts, counts, packed, threads);
+  sum_spikes(*block);
+  return status;
+}
+
+SF_EXPORT int sf_block_dense(const SfBlock* block, const float* sums, int threads) {
+  const int status = kernels->block_dense(*block, sums, threads);
+  sum_spikes(*block);
+  return status;
+}
+
+SF_EXPORT void sf_unpack(const uint64_t* bits, const uint8_t* counts, int64_t pixels, int64_t channels, float* out,
+                         int threads) {
+  kernels->unpack(bits, counts, pixels, channels, out, threads);
+}
+
+SF_EXPORT void sf_add(const uint64_t* a_bits, const uint8_t* a_counts, const uint64_t* b_bits, const uint8_t* b_counts,
+                      int64_t rows, int64_t row_pixels, int64_t channels, uint64_t* bits, uint8_t* counts,
+                      uint32_t* row_counts, int64_t* nonzero, int threads) {
+  kernels->add(a_bits, a_counts, b_bits, b_counts, rows, row_pixels, channels, bits, counts, row_counts, threads);
+  *nonzero = sum(row_counts, rows);
+}
+
+SF_EXPORT void sf_logical(const uint64_t* a, const uint64_t* b, int op, int64_t rows, int64_t row_words, uint64_t* bits,
+                          uint32_t* row_counts, int64_t* nonzero, int threads) {
+  kernels->logical(a, b, op, rows, row_words, bits, row_counts, threads);
+  *nonzero = sum(row_counts, rows);
+}
+
+SF_EXPORT void sf_max_pool(const SfPool* pool, const uint64_t* x, uint64_t* bits, uint32_t* row_counts,
+                           int64_t* nonzero, int threads) {
+  kernels->max_pool(*pool, x, bits, row_counts, threads);
+  *nonzero = sum(row_counts, pool->images * pool->out_size[0] * pool->out_size[1]);
+}
+
+SF_EXPORT void sf_avg_pool(const SfPool* pool, const uint64_t* x, const uint8_t* counts, float* out, int threads) {
+  kernels->avg_pool(*pool, x, counts, out, threads);
+}
+
+SF_EXPORT void sf_concat(int parts, const uint64_t* const* bits, const int64_t* channels, int64_t rows,
+                         int64_t row_pixels, uint64_t* out, uint32_t* row_counts, int64_t* nonzero, int threads) {
+  kernels->concat(parts, bits, channels, rows, row_pixels, out, row_counts, threads);
+  *nonzero = sum(row_counts, rows);
 }
 
 // Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][KW, KD, KH][C/groups][block].

@@ -18,7 +18,7 @@ constexpr int64_t kListSlack = 64;  // entries that may be written past the end 
 
 // Appends base + scale * i for every set bit i; may write up to 16 entries past the end it returns.
 SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, uint32_t* out) {
-#if defined(SF_AVX512)
+#if defined(SF_VBMI)
   alignas(64) static const uint8_t kLanes64[64] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
       32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
@@ -32,16 +32,34 @@ SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, 
     if (__builtin_expect(i >= n, 1)) return out + n;
     channels = _mm512_alignr_epi64(_mm512_setzero_si512(), channels, 2);
   }
+#elif defined(SF_AVX512)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i sixteen = _mm512_set1_epi32((int)(16 * scale));
+  __m512i entries = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)scale)), _mm512_set1_epi32((int)base));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++, bits >>= 16) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)bits, entries));
+    out += popcount(bits & 0xffff);
+    entries = _mm512_add_epi32(entries, sixteen);
+  }
+  return out;
 #else
   for (; bits != 0; bits &= bits - 1) *out++ = base + scale * (uint32_t)lowest_bit(bits);
   return out;
 #endif
 }
 
-template <class T>
-SF_INLINE typename T::Acc* append_values(uint64_t bits, const typename T::Element* x, int64_t stride,
-                                         typename T::Acc* out) {
-  for (; bits != 0; bits &= bits - 1) *out++ = to_acc<T>(x[lowest_bit(bits) * stride]);
+// The values of the set bits: tensor elements, or counts of spikes.
+template <class T, class Input>
+SF_INLINE typename T::Acc* append_values(uint64_t bits, const Input* x, int64_t stride, typename T::Acc* out) {
+  for (; bits != 0; bits &= bits - 1) {
+    const Input value = x[lowest_bit(bits) * stride];
+    if constexpr (sizeof(Input) == 1) {
+      *out++ = typename T::Acc(value);
+    } else {
+      *out++ = to_acc<T>(value);
+    }
+  }
   return out;
 }
 
@@ -158,13 +176,13 @@ class InputRowFinder {
   const uint32_t* row_counts_;
 };
 
-template <class T>
+template <class T, class Input>
 class ListBuilder {
  public:
-  ListBuilder(const SfConv& p, const ConvShape& shape, const void* x, const uint64_t* bits, const uint32_t* row_counts)
+  ListBuilder(const SfConv& p, const ConvShape& shape, const Input* x, const uint64_t* bits, const uint32_t* row_counts)
       : p_(p),
         s_(shape),
-        x_(static_cast<const typename T::Element*>(x)),
+        x_(x),
         finder_(p, shape, bits, row_counts),
         row_bytes_(uint32_t(p.block * sizeof(typename T::Element))) {}
 
@@ -259,11 +277,11 @@ class ListBuilder {
     const int64_t column_step = p_.x_channels_last ? p_.in_channels : 1;
     for (const Span* span = slab.spans; span < slab.spans + slab.count; span++) {
       const uint64_t* words = span->bits + column * s_.pixel_words;
-      const auto* x = static_cast<const typename T::Element*>(span->x) + column * column_step;
+      const auto* x = static_cast<const Input*>(span->x) + column * column_step;
       uint32_t offset = base + span->offset;
       for (int64_t w = 0; w < span->words; w++, offset += 64 * row_bytes_, x += 64 * channel_step) {
         const uint64_t bits = p_.groups == 1 ? words[w] : group_bits(words, slab.group, span->first + w);
-        if (at.value != nullptr) at.value = append_values<T>(bits, x, channel_step, at.value);
+        if (at.value != nullptr) at.value = append_values<T, Input>(bits, x, channel_step, at.value);
         at.entry = append_events(bits, offset, row_bytes_, at.entry);
       }
     }
@@ -275,7 +293,7 @@ class ListBuilder {
 
   const SfConv& p_;
   const ConvShape& s_;
-  const typename T::Element* x_;
+  const Input* x_;
   InputRowFinder finder_;
   uint32_t row_bytes_;
 };

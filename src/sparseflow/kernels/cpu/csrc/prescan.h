@@ -113,13 +113,25 @@ class NonzeroScanner {
 SF_INLINE void transpose_bits(uint64_t (&m)[64]) {
 #if defined(SF_AVX512)
   // Byte b of 64 words, gathered: 8x8 bytes within vectors, then 8x8 quadwords between them.
+#if defined(SF_VBMI)
   alignas(64) static const uint8_t kByteOrder[64] = {
       0, 8,  16, 24, 32, 40, 48, 56, 1, 9,  17, 25, 33, 41, 49, 57, 2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59,
       4, 12, 20, 28, 36, 44, 52, 60, 5, 13, 21, 29, 37, 45, 53, 61, 6, 14, 22, 30, 38, 46, 54, 62, 7, 15, 23, 31, 39, 47, 55, 63};
   const __m512i order = _mm512_load_si512(kByteOrder);
+  const auto gather = [&](__m512i words) { return _mm512_permutexvar_epi8(order, words); };
+#else
+  // Without byte permutation: pairs of bytes within 128 bits, then the pairs.
+  const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+  alignas(64) static const uint16_t kPairOrder[32] = {0, 8,  16, 24, 1, 9,  17, 25, 2, 10, 18, 26, 3, 11, 19, 27,
+                                                      4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31};
+  const __m512i order = _mm512_load_si512(kPairOrder);
+  const auto gather = [&](__m512i words) {
+    return _mm512_permutexvar_epi16(order, _mm512_shuffle_epi8(words, pairs));
+  };
+#endif
   VecF64 rows[8];
 #pragma GCC unroll 8
-  for (int k = 0; k < 8; k++) rows[k] = (VecF64)_mm512_permutexvar_epi8(order, _mm512_loadu_si512(m + 8 * k));
+  for (int k = 0; k < 8; k++) rows[k] = (VecF64)gather(_mm512_loadu_si512(m + 8 * k));
   transpose(rows);
 #pragma GCC unroll 8
   for (int b = 0; b < 8; b++) {

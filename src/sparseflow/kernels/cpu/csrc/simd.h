@@ -15,7 +15,10 @@
 #define SF_INLINE_MEMBER inline __attribute__((always_inline))
 #define SF_INLINE static SF_INLINE_MEMBER
 
-#if defined(SF_AVX512)
+#if defined(SF_VBMI)  // AVX-512 of Ice Lake, Zen 4 and later; implies SF_AVX512
+#define SF_NAMESPACE avx512vbmi
+#define SF_VECTOR_BYTES 64
+#elif defined(SF_AVX512)
 #define SF_NAMESPACE avx512
 #define SF_VECTOR_BYTES 64
 #elif defined(SF_AVX2)
@@ -37,6 +40,7 @@ typedef uint64_t VecU64 __attribute__((vector_size(SF_VECTOR_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(SF_VECTOR_BYTES)));
 // As many 16-bit lanes as VecF32 has lanes.
 typedef uint16_t NarrowU16 __attribute__((vector_size(SF_VECTOR_BYTES / 2)));
+typedef uint8_t NarrowU8 __attribute__((vector_size(SF_VECTOR_BYTES / 4)));
 
 template <class V>
 SF_INLINE V load(const void* p) {
@@ -83,6 +87,37 @@ SF_INLINE VecF64 multiply_add(VecF64 a, VecF64 b, VecF64 c) {
   return (VecF64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
   return a * b + c;
+#endif
+}
+
+// ---- lane masks ------------------------------------------------------------------------------------------------
+
+constexpr int kFloats = SF_VECTOR_BYTES / 4;  // lanes of VecF32
+
+// Bit i: lane i of a comparison's result is true.
+SF_INLINE uint32_t lane_bits(VecI32 mask) {
+#if defined(SF_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(SF_AVX2)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps((__m128)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kFloats; i++) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// 1.0 in the lanes whose bit is set, 0.0 in the others.
+SF_INLINE VecF32 ones_where(uint32_t bits) {
+#if defined(SF_AVX512)
+  return (VecF32)_mm512_maskz_mov_ps((__mmask16)bits, _mm512_set1_ps(1.0f));
+#else
+  VecU32 lane_bit;
+  for (int i = 0; i < kFloats; i++) lane_bit[i] = 1u << i;
+  const VecI32 set = (VecI32)((lane_bit & (VecU32{} + bits)) != 0u);
+  return (VecF32)(set & 0x3f800000);
 #endif
 }
 

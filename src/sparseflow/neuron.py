@@ -17,8 +17,8 @@ class Charge(enum.StrEnum):
     """Membrane update before firing, in the framework's own order of operations.
 
     ``v`` is the membrane, ``x`` the input, ``r`` the resting value (``reset_value``, or 0 under a soft reset), ``d``
-    the record's ``decay`` and ``g`` its ``input_gain``. The order is part of the meaning: another one rounds
-    differently, and one rounding can flip a spike.
+    the record's ``decay``, ``g1 g2 g3`` its ``input_gains`` and ``a`` its ``synapse_decay``. The order is part of the
+    meaning: another one rounds differently, and one rounding can flip a spike.
     """
 
     INTEGRATE = "v + x"
@@ -27,7 +27,8 @@ class Charge(enum.StrEnum):
     LEAK_INPUT_RATE = "v + (x - (v - r)) * d"
     LEAK_RATE = "v - (v - r) * d + x"
     DECAY = "d * v + x"
-    DECAY_GAIN = "d * v + g * x"
+    DECAY_GAIN = "x * g1 * g2 * g3 + d * v"
+    SYNAPTIC = "syn = a * syn + x; d * v + syn"
 
 
 class Reset(enum.StrEnum):
@@ -39,10 +40,17 @@ class Reset(enum.StrEnum):
 
 
 class ResetTiming(enum.StrEnum):
-    """When the reset acts: right after the spike, or at the start of the next time step (snnTorch's default)."""
+    """When the reset acts.
+
+    ``SAME_STEP``: right after the spike. ``NEXT_STEP`` (snnTorch's default): when the next step's membrane is computed,
+    if the membrane it starts from is above the threshold; a hard reset acts before a ``DECAY`` charge and after any
+    other, a soft one after. ``BOTH`` (snnTorch's ``reset_delay=False``): as ``NEXT_STEP``, and then the difference
+    between this spike and that reset, ``s - r`` of {-1, 0, 1}, is applied to the membrane that has just fired.
+    """
 
     SAME_STEP = "same"
     NEXT_STEP = "next"
+    BOTH = "both"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,13 +64,14 @@ class NeuronSpec:
         emits: zeros of the output: ``BINARY`` for {0, 1}, ``INTEGER`` for counts (ILIF), ``SPARSE`` for graded or
             signed spikes.
         output_index: position of the spikes in a tuple output; ignored when the neuron returns one tensor.
-        states: attributes that hold the neuron's memory between time steps.
+        states: attributes that hold the neuron's memory between time steps: the membrane first, then the synaptic
+            current where the neuron has one.
         charge: membrane update before firing, or ``None`` for an opaque neuron.
-        decay, input_gain: ``d`` and ``g`` of ``charge``, dimensionless.
+        decay, input_gains, synapse_decay: ``d``, ``(g1, g2, g3)`` and ``a`` of ``charge``, dimensionless.
         threshold: membrane value at which the neuron fires, in the unit of the membrane.
         comparator: ``">="`` (SpikingJelly) or ``">"`` (snnTorch).
         reset, reset_value, reset_timing: what a spike does to the membrane, and when.
-        learnable: names among ``decay``, ``input_gain`` and ``threshold`` that are trained parameters.
+        learnable: names among ``decay``, ``synapse_decay`` and ``threshold`` that are trained parameters.
         per_channel: names among the same that are tensors of more than one element.
 
     Raises:
@@ -79,8 +88,9 @@ class NeuronSpec:
     output_index: int = 0
     states: tuple[str, ...] = ()
     charge: Charge | None = None
-    decay: Scalar | None = None
-    input_gain: Scalar | None = None
+    decay: Scalar = 1.0
+    input_gains: tuple[Scalar, Scalar, Scalar] = (1.0, 1.0, 1.0)
+    synapse_decay: Scalar = 1.0
     threshold: Scalar = 1.0
     comparator: str = ">="
     reset: Reset = Reset.HARD

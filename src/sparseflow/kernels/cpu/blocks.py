@@ -1,0 +1,347 @@
+"""Fused blocks on the native engine: :class:`NativeBlockOps` implements the protocol of ``kernels.blocks``."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseflow.kernels.blocks.buffers import BufferPool
+from sparseflow.kernels.blocks.records import Constant, Dynamics, Epilogue, State
+from sparseflow.kernels.blocks.spikes import WORD, PackedSpikes, as_tensor, channels_last, spatial
+from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.neuron import Charge, Reset, ResetTiming
+
+from . import engine
+from .records import BlockStruct, NeuronStruct, PoolStruct, Structure, Variant
+from .schedule import resolve
+
+_CHARGES = {charge: i for i, charge in enumerate(Charge)}
+_RESETS = {reset: i for i, reset in enumerate(Reset)}
+_TIMINGS = {timing: i for i, timing in enumerate(ResetTiming)}
+_LOGICAL = {"and": 0, "and_not": 1, "or": 2}
+_UNIT = 16  # channels that the kernels take at a time: constants are padded to a multiple
+_NO_NEURON = -1
+_MIN_PARALLEL_NEURONS = 1 << 14  # below it, waking other threads costs more than it saves
+_native_neurons: weakref.WeakKeyDictionary[Dynamics, _NativeNeuron] = weakref.WeakKeyDictionary()
+
+
+class NativeBlockOps:
+    """The operations of fused blocks on CPU tensors.
+
+    Results come from ``pool``; who knows that a result is no longer read may give its buffers back.
+    """
+
+    name = "cpu"
+
+    def __init__(self, pool: BufferPool | None = None):
+        self.pool = pool or BufferPool()
+
+    def variants(self, geometry: ConvGeometry, steps: int) -> tuple[str, ...]:  # noqa: ARG002
+        """Configurations of :meth:`conv`, best guess first; none where spikes of two groups would share a byte."""
+        outputs = geometry.out_channels // geometry.groups
+        if geometry.groups > 1 and outputs % _UNIT:
+            return ()
+        if engine.conv_supported(geometry, torch.float32) is not None:
+            return ()
+        if outputs <= 32:
+            return (Variant(Structure.PIXELS, 16 if outputs <= 16 else 32).name,)
+        found = [Variant(Structure.PIXELS, 32), Variant(Structure.PIXELS, 64), Variant(Structure.OUTPUTS, 64)]
+        if geometry.out_pixels == 1:
+            found.reverse()
+        return tuple(variant.name for variant in found)
+
+    def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> Tensor:
+        """See :func:`sparseflow.kernels.cpu.engine.pack_conv_weight`."""
+        return engine.pack_conv_weight(weight, geometry.groups, Variant.from_name(variant))
+
+    def weights_match(self, weight: Tensor, packed: Tensor, geometry: ConvGeometry, variant: str, offset: int) -> bool:
+        """Whether a sample of ``weight`` is still what was packed; ``offset`` moves the sample."""
+        return engine.weights_match(weight, packed, geometry.groups, Variant.from_name(variant), offset)
+
+    def conv(
+        self,
+        x: PackedSpikes,
+        packed: Tensor,
+        geometry: ConvGeometry,
+        variant: str,
+        epilogue: Epilogue,
+        neuron: Dynamics | None,
+        state: State | None,
+        steps: int,
+    ) -> PackedSpikes | Tensor:
+        assert x.row_counts is not None
+        nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
+        density = nonzero / x.numel if x.numel else 0.0
+        fixed = resolve(Variant.from_name(variant), geometry, torch.float32, density)
+        conv = engine.conv_struct(geometry, fixed, torch.float32, x_channels_last=True, out_channels_last=True)
+        block = _Block(self.pool, geometry.out_size, geometry.out_channels, x.images, steps)
+        block.set_epilogue(epilogue)
+        result = block.set_result(neuron, state, (steps, x.images // steps), x.dims)
+        counts = x.counts.data_ptr() if x.counts is not None else None
+        work = nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + 4 * block.numel
+        status = engine.library().sf_block_conv(
+            conv,
+            block.pointer,
+            x.bits.data_ptr(),
+            x.row_counts.data_ptr(),
+            counts,
+            packed.data_ptr(),
+            engine.threads_for(work),
+        )
+        _check(status)
+        return result
+
+    def neuron(
+        self,
+        currents: Tensor,
+        size: tuple[int, int, int],
+        dims: int,
+        epilogue: Epilogue,
+        neuron: Dynamics,
+        state: State,
+        steps: int,
+    ) -> PackedSpikes:
+        batch = state.v.shape[0]
+        block = _Block(self.pool, size, currents.shape[-1], steps * batch, steps)
+        block.set_epilogue(epilogue)
+        block.struct.invariant = steps > 1 and currents.shape[0] == batch
+        result = block.set_result(neuron, state, (steps, batch), dims)
+        assert isinstance(result, PackedSpikes)
+        _check(engine.library().sf_block_dense(block.pointer, currents.data_ptr(), _threads(block.numel)))
+        return result
+
+    def affine(self, currents: Tensor, epilogue: Epilogue) -> Tensor:
+        images, pixels, channels = currents.shape
+        block = _Block(self.pool, (1, 1, pixels), channels, images, 1)
+        block.set_epilogue(epilogue)
+        result = block.set_result(None, None, (1, images), 1)
+        assert isinstance(result, Tensor)
+        _check(engine.library().sf_block_dense(block.pointer, currents.data_ptr(), _threads(block.numel)))
+        return result
+
+    def pack(self, x: Tensor, lead: int) -> PackedSpikes | None:
+        images, channels, size = math.prod(x.shape[:lead]), x.shape[lead], spatial(tuple(x.shape[lead + 1 :]))
+        flat = channels_last(x, lead)
+        geometry = _pixels_of(images, channels, size)
+        scan = engine.prescan_conv(flat.transpose(1, 2).reshape(images, channels, *size), geometry)
+        if not scan.binary:
+            return None
+        bits, rows = scan.bits[: scan.words], images * size[0] * size[1]
+        return PackedSpikes(
+            bits.view(images, -1, -(-channels // WORD)),
+            tuple(x.shape[:lead]),
+            channels,
+            size,
+            x.dim() - lead - 1,
+            row_counts=scan.bits[scan.words :].view(torch.int32)[:rows].view(images, -1),
+            nonzero=torch.tensor([scan.nonzero]),
+        )
+
+    def unpack(self, x: PackedSpikes) -> Tensor:
+        out = self.pool.take((x.images, x.pixels, x.channels), torch.float32)
+        counts = x.counts.data_ptr() if x.counts is not None else None
+        pixels = x.images * x.pixels
+        engine.library().sf_unpack(x.bits.data_ptr(), counts, pixels, x.channels, out.data_ptr(), _threads(x.numel))
+        return as_tensor(out, x.shape, len(x.lead))
+
+    def add(self, a: PackedSpikes, b: PackedSpikes) -> PackedSpikes:
+        counts = self.pool.take((a.images, a.pixels, a.channels), torch.uint8)
+        out = self._like(a, a.channels, counts)
+        engine.library().sf_add(
+            *(*_pointers(a), *_pointers(b), *_rows(a), a.channels),
+            *(out.bits.data_ptr(), counts.data_ptr(), *_count_pointers(out), _threads(a.numel)),
+        )
+        return out
+
+    def logical(self, a: PackedSpikes, b: PackedSpikes, op: str) -> PackedSpikes:
+        out = self._like(a, a.channels)
+        rows, row_pixels = _rows(a)
+        where = (a.bits.data_ptr(), b.bits.data_ptr(), _LOGICAL[op], rows, row_pixels * a.words, out.bits.data_ptr())
+        engine.library().sf_logical(*where, *_count_pointers(out), _threads(a.numel // WORD))
+        return out
+
+    def max_pool(self, x: PackedSpikes, kernel: Any, stride: Any, padding: Any, dilation: Any) -> PackedSpikes:
+        pool = _pool(x, kernel, stride, padding, dilation)
+        size = spatial(tuple(pool.out_size))
+        bits = self.pool.take((x.images, math.prod(size), x.words), torch.int64)
+        out = self._packed(bits, x.lead, x.channels, size, x.dims)
+        engine.library().sf_max_pool(
+            *(ctypes.byref(pool), x.bits.data_ptr(), bits.data_ptr(), *_count_pointers(out)),
+            _threads(x.numel // WORD * math.prod(kernel)),
+        )
+        return out
+
+    def avg_pool(self, x: PackedSpikes, kernel: Any, stride: Any, padding: Any, include_pad: bool) -> Tensor:
+        pool = _pool(x, kernel, stride, padding, (1, 1, 1))
+        pool.include_pad = include_pad
+        size = tuple(pool.out_size)
+        out = self.pool.take((x.images, math.prod(size), x.channels), torch.float32)
+        bits, counts = _pointers(x)
+        engine.library().sf_avg_pool(ctypes.byref(pool), bits, counts, out.data_ptr(), _threads(x.numel))
+        return as_tensor(out, (*x.lead, x.channels, *size[3 - x.dims :]), len(x.lead))
+
+    def concat(self, parts: tuple[PackedSpikes, ...]) -> PackedSpikes:
+        first, n = parts[0], len(parts)
+        out = self._like(first, sum(part.channels for part in parts))
+        bits = (ctypes.c_void_p * n)(*(part.bits.data_ptr() for part in parts))
+        channels = (ctypes.c_int64 * n)(*(part.channels for part in parts))
+        where = (n, bits, channels, *_rows(first), out.bits.data_ptr(), *_count_pointers(out))
+        engine.library().sf_concat(*where, _threads(out.numel // WORD))
+        return out
+
+    def _like(self, x: PackedSpikes, channels: int, counts: Tensor | None = None) -> PackedSpikes:
+        bits = self.pool.take((x.images, x.pixels, -(-channels // WORD)), torch.int64)
+        return self._packed(bits, x.lead, channels, x.size, x.dims, counts)
+
+    def _packed(
+        self,
+        bits: Tensor,
+        lead: tuple[int, ...],
+        channels: int,
+        size: tuple[int, int, int],
+        dims: int,
+        counts: Tensor | None = None,
+    ) -> PackedSpikes:
+        rows = self.pool.take((bits.shape[0], size[0] * size[1]), torch.int32)
+        return PackedSpikes(
+            bits, lead, channels, size, dims, counts, row_counts=rows, nonzero=self.pool.take((1,), torch.int64)
+        )
+
+
+class _Block:
+    """One filled ``SfBlock`` and what keeps its memory alive."""
+
+    def __init__(self, pool: BufferPool, size: tuple[int, int, int], channels: int, images: int, steps: int):
+        self._pool, self._size, self._channels, self._images = pool, size, channels, images
+        pixels = math.prod(size)
+        self.numel = images * pixels * channels
+        self.struct = BlockStruct(steps, images // steps, pixels, size[2], channels)
+        self.pointer = ctypes.byref(self.struct)
+        self._kept: list[Any] = []
+
+    def set_epilogue(self, epilogue: Epilogue) -> None:
+        struct, residual = self.struct, epilogue.residual
+        if epilogue.scale is not None:
+            struct.scale = self._padded(epilogue.scale)
+        if epilogue.shift is not None:
+            struct.shift = self._padded(epilogue.shift)
+        if isinstance(residual, PackedSpikes):
+            struct.residual_bits, struct.residual_counts = _pointers(residual)
+        elif residual is not None:
+            struct.residual = residual.data_ptr()
+
+    def _padded(self, constant: Tensor) -> int:
+        if self._channels % _UNIT:
+            constant = torch.nn.functional.pad(constant, (0, -self._channels % _UNIT))
+        self._kept.append(constant)
+        return constant.data_ptr()
+
+    def set_result(
+        self, neuron: Dynamics | None, state: State | None, lead: tuple[int, int], dims: int
+    ) -> PackedSpikes | Tensor:
+        """Allocate the result: packed spikes of a neuron, or dense float32 sums."""
+        struct, pixels = self.struct, math.prod(self._size)
+        if neuron is None or state is None:
+            struct.neuron.charge = _NO_NEURON
+            out = self._pool.take((self._images, pixels, self._channels), torch.float32)
+            struct.out = out.data_ptr()
+            return out
+        _native(neuron, self._channels).fill(struct.neuron, state.start)
+        struct.v, struct.fresh = state.v.data_ptr(), state.fresh
+        struct.syn = state.syn.data_ptr() if state.syn is not None else None
+        struct.v_seq = state.v_seq.data_ptr() if state.v_seq is not None else None
+        bits = self._pool.take((self._images, pixels, -(-self._channels // WORD)), torch.int64)
+        rows = self._pool.take((self._images, self._size[0] * self._size[1]), torch.int32)
+        nonzero = self._pool.take((1,), torch.int64)
+        struct.bits, struct.row_counts, struct.nonzero = bits.data_ptr(), rows.data_ptr(), nonzero.data_ptr()
+        return PackedSpikes(bits, lead, self._channels, self._size, dims, row_counts=rows, nonzero=nonzero)
+
+
+class _NativeNeuron:
+    """The constants of a neuron laid out for the kernels; made once."""
+
+    def __init__(self, neuron: Dynamics, channels: int):
+        neuron = _without_division(neuron)
+        fires_above = neuron.threshold
+        if neuron.comparator == ">=":  # v >= threshold where v > the number just below it
+            at = torch.as_tensor(fires_above, dtype=torch.float32)
+            fires_above = torch.nextafter(at, torch.full_like(at, -math.inf))
+        constants = (fires_above, neuron.threshold, neuron.decay, *neuron.input_gains, neuron.synapse_decay)
+        self.table = torch.stack([_vector(constant, channels) for constant in constants])
+        same_hard = neuron.reset is Reset.HARD and neuron.timing is ResetTiming.SAME_STEP
+        rest = neuron.reset_value if same_hard else 0.0
+        rules = (_CHARGES[neuron.charge], _RESETS[neuron.reset], _TIMINGS[neuron.timing])
+        pointers = [self.table[i].data_ptr() for i in range(len(constants))]
+        gains = (ctypes.c_void_p * 3)(*pointers[3:6])
+        self.struct = NeuronStruct(*rules, neuron.reset_value, rest, 0.0, *pointers[:3], gains, pointers[6])
+
+    def fill(self, struct: NeuronStruct, start: float) -> None:
+        """Copy into a block, with the membrane that a fresh state starts from."""
+        ctypes.pointer(struct)[0] = self.struct
+        struct.start = start
+
+
+def _native(neuron: Dynamics, channels: int) -> _NativeNeuron:
+    native = _native_neurons.get(neuron)
+    if native is None or native.table.shape[1] < channels:
+        native = _native_neurons[neuron] = _NativeNeuron(neuron, channels)
+    return native
+
+
+def _without_division(neuron: Dynamics) -> Dynamics:
+    """Dividing by a power of two and multiplying by its inverse round alike, and one of them is slow."""
+    rates = {Charge.LEAK_INPUT: Charge.LEAK_INPUT_RATE, Charge.LEAK: Charge.LEAK_RATE}
+    decay = neuron.decay
+    if neuron.charge not in rates or isinstance(decay, Tensor) or abs(math.frexp(decay)[0]) != 0.5:
+        return neuron
+    return neuron.replace(charge=rates[neuron.charge], decay=1.0 / decay)
+
+
+def _vector(constant: Constant, channels: int) -> Tensor:
+    padded = -(-channels // _UNIT) * _UNIT
+    vector = torch.zeros(padded)
+    vector[:channels] = constant if isinstance(constant, Tensor) else float(constant)
+    return vector
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("the native engine could not allocate its workspace")
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _MIN_PARALLEL_NEURONS else 1
+
+
+def _pointers(x: PackedSpikes) -> tuple[int, int | None]:
+    return x.bits.data_ptr(), x.counts.data_ptr() if x.counts is not None else None
+
+
+def _count_pointers(x: PackedSpikes) -> tuple[int, int]:
+    assert x.row_counts is not None
+    assert x.nonzero is not None
+    return x.row_counts.data_ptr(), x.nonzero.data_ptr()
+
+
+def _rows(x: PackedSpikes) -> tuple[int, int]:
+    """Number of rows of pixels, and pixels of one."""
+    return x.images * x.size[0] * x.size[1], x.size[2]
+
+
+def _pool(x: PackedSpikes, kernel: Any, stride: Any, padding: Any, dilation: Any) -> PoolStruct:
+    three = ctypes.c_int64 * 3
+    sizes = zip(x.size, kernel, stride, padding, dilation, strict=True)
+    out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+    return PoolStruct(
+        x.images, x.channels, *(three(*v) for v in (x.size, out, kernel, stride, padding, dilation)), False
+    )
+
+
+def _pixels_of(images: int, channels: int, size: tuple[int, int, int]) -> ConvGeometry:
+    """The geometry of a 1x1 convolution: what the prescan wants to know of a tensor."""
+    return ConvGeometry.from_call((images, channels, *size), (1, channels, 1, 1, 1), (1,) * 3, (0,) * 3, (1,) * 3, 1)
