@@ -18,6 +18,7 @@ from .dispatch.observe import CalibrationObserver
 from .errors import UnsupportedModelError
 from .graph.isolation import copied, isolated
 from .lowering import RECORD, Options, Patterns, as_arguments, current_plan, lower, raise_layers
+from .modules.fused.model import fused_blocks, fusion_of, own_forward
 from .modules.swap import runtime_of, runtimes
 from .plan import Plan
 from .report import LayerReport, Report
@@ -79,6 +80,7 @@ def accelerate(
     exclude: Patterns = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     strict: bool = False,
+    fuse: bool = True,
 ) -> Model:
     """Make a spiking network faster in place; the same object comes back.
 
@@ -97,6 +99,9 @@ def accelerate(
         include, exclude: glob patterns on qualified layer names (``"layer2.*"``), or ``(name, module) -> bool``.
         calibration: result of :func:`calibrate`, or its file: skips first-use measurement.
         strict: raise instead of warn when no layer runs sparse.
+        fuse: also run whole spiking blocks (convolution or linear layer, batch norm, neuron) as one kernel over all
+            time steps on bit-packed spikes, where the model can be traced, no gradients are recorded, and it was
+            measured to be faster; ``False`` only swaps layers.
 
     Returns:
         ``model``.
@@ -121,7 +126,7 @@ def accelerate(
         raise TypeError(f"accelerate expects a torch.nn.Module, got {type(model).__name__}")
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration.load(calibration)
-    options = Options(backend, mode, include, exclude, calibration, strict)
+    options = Options(backend, mode, include, exclude, calibration, strict, fuse)
     if example_input is None:
         restore(model).register_forward_pre_hook(_PlanOnFirstCall(options), with_kwargs=True)
     else:
@@ -147,7 +152,7 @@ def analyze(model: nn.Module, example_input: Any, **options: Any) -> Plan:
     """
     if RECORD in model.__dict__:
         return current_plan(model)
-    defaults = {"backend": "auto", "mode": "auto", "include": None, "exclude": None, "calibration": None}
+    defaults = {"backend": "auto", "mode": "auto", "include": None, "exclude": None, "calibration": None, "fuse": True}
     unknown = options.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"analyze got unknown options {sorted(unknown)}; it takes {sorted(defaults)}")
@@ -203,7 +208,7 @@ def _watch(model: nn.Module, batches: Iterable[Any]) -> Calibration:
     try:
         for batch in batches:
             args, kwargs = as_arguments(batch)
-            with isolated(model):
+            with isolated(model), own_forward(model):
                 model(*copied(args), **copied(kwargs))
     finally:
         for name, runtime in found.items():
@@ -216,10 +221,22 @@ def _watch(model: nn.Module, batches: Iterable[Any]) -> Calibration:
 def report(model: nn.Module) -> Report:
     """What runs where and why, with the figure behind every decision. Raises ``ValueError`` on a plain model."""
     plan = _require_plan(model)
-    calls = {name: runtime.stats.paths() for name, runtime in runtimes(model).items()}
+    calls = {name: dict(runtime.stats.paths()) for name, runtime in runtimes(model).items()}
+    for name, block in fused_blocks(model).items():
+        calls.setdefault(name, {}).update(block.stats.paths())
     layers = tuple(LayerReport.from_plan(layer, calls.get(layer.name, {})) for layer in plan.layers)
     notes = (f"fx could not trace the model: {plan.fallback_detail}",) if plan.fallback_detail else ()
+    notes += _fusion_notes(model)
     return Report(type(model).__name__, plan.backend, plan.method, layers, dict(fingerprint()), notes)
+
+
+def _fusion_notes(model: nn.Module) -> tuple[str, ...]:
+    """What is fused and what that brings, or why nothing is."""
+    fusion = fusion_of(model)
+    if fusion is None:
+        why = model.__dict__[RECORD].unfused
+        return (f"not fused: {why}",) if why else ()
+    return fusion.notes()
 
 
 @contextlib.contextmanager
@@ -229,7 +246,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     for runtime in found:
         runtime.disabled += 1
     try:
-        yield
+        with own_forward(model):
+            yield
     finally:
         for runtime in found:
             runtime.disabled -= 1
@@ -243,6 +261,9 @@ def refresh(model: nn.Module) -> None:
     And a graph that is only replayed never asks whether the weights it reads are current.
     """
     for module in model.modules():
+        fusion = fusion_of(module)
+        if fusion is not None:
+            fusion.refresh()
         runtime = runtime_of(module)
         if runtime is not None:
             runtime.refresh(module.weight)  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ from .graph import LayerSite, SpikeMap, candidates, refuse, spike_map
 from .graph.isolation import copied, isolated
 from .kernels.cpu import engine
 from .kernels.select import BACKENDS, why_not_triton
+from .modules.fused.block import BlockRun
+from .modules.fused.model import Fusion, fused_blocks, install, remove
 from .modules.swap import runtimes, swap, swap_again, unswap
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
 
@@ -40,6 +42,7 @@ class Options:
     exclude: Patterns
     calibration: Calibration | None
     strict: bool
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -58,6 +61,7 @@ class ModelRecord:
     method: str
     backend: str
     fallback_detail: str
+    unfused: str = ""
 
 
 def check_backend(backend: str) -> None:
@@ -129,6 +133,8 @@ def lower(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], optio
             drafts, spikes.layers, spikes.method, options.backend, spikes.fallback_detail
         )
         _warm_up(model, args, kwargs)
+        if options.fuse and options.mode != "dense":
+            _fuse(model, args, kwargs, drafts, options)
         _announce(model, options)
     except BaseException as error:
         raise_layers(model)
@@ -141,6 +147,7 @@ def raise_layers(model: nn.Module) -> Callable[[], None]:
     """Put every swapped layer below ``model`` back to its own class and forget all plans; returns what undoes this."""
     modules = dict(model.named_modules())
     records = [(module, module.__dict__.pop(RECORD)) for module in modules.values() if RECORD in module.__dict__]
+    fused = [(module, fusion) for module in modules.values() if (fusion := remove(module)) is not None]
     swapped = [(modules[name], type(modules[name]), runtime) for name, runtime in runtimes(model).items()]
     for layer, _, _ in swapped:
         unswap(layer)
@@ -148,6 +155,8 @@ def raise_layers(model: nn.Module) -> Callable[[], None]:
     def put_back() -> None:
         for layer, cls, runtime in swapped:
             swap_again(layer, cls, runtime)
+        for module, fusion in fused:
+            install(module, fusion)
         for module, record in records:
             module.__dict__[RECORD] = record
 
@@ -191,13 +200,18 @@ def _decide(name: str, module: nn.Module, site: LayerSite, options: Options) -> 
     return Reason.NOT_MEASURED, site.detail
 
 
-def _swap_all(model: nn.Module, drafts: tuple[LayerPlan, ...], options: Options) -> None:
+def _config(options: Options) -> RuntimeConfig:
     calibration = options.calibration
     known = calibration.crossovers if calibration and calibration.fits else {}
+    return RuntimeConfig(backend=options.backend, mode=options.mode, known=known)
+
+
+def _swap_all(model: nn.Module, drafts: tuple[LayerPlan, ...], options: Options) -> None:
+    calibration = options.calibration
     if calibration and not calibration.fits:
         logger.warning("the calibration was measured on another machine or with other versions; measuring again")
-    config = RuntimeConfig(backend=options.backend, mode=options.mode, known=known)
     modules = candidates(model)
+    config = _config(options)
     for draft in drafts:
         if draft.reason is Reason.NOT_MEASURED:
             swap(modules[draft.name], LayerRuntime(draft, config))
@@ -209,24 +223,49 @@ def _warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         model(*copied(args), **copied(kwargs))
 
 
+def _fuse(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: tuple[LayerPlan, ...], options: Options
+) -> None:
+    """Plan whole blocks for the example, and let the model make plans for other inputs."""
+    excluded = [draft.name for draft in drafts if draft.reason is Reason.EXCLUDED]
+    fusion = Fusion(_config(options), excluded)
+    with measuring(len(drafts), MeasureBudget()):
+        planned = fusion.prepare(model, args, kwargs)
+    if planned.reason in (None, Reason.FUSED_LOSES):
+        install(model, fusion)
+    else:
+        logger.info("%s is not fused: %s. %s", type(model).__name__, planned.reason, planned.detail)
+        model.__dict__[RECORD] = dataclasses.replace(
+            model.__dict__[RECORD], unfused=f"{planned.reason}: {planned.detail}"
+        )
+
+
 def current_plan(model: nn.Module) -> Plan:
     """The plan of an accelerated model as it stands now."""
     record: ModelRecord = model.__dict__[RECORD]
     live = {name: runtime.describe() for name, runtime in runtimes(model).items()}
+    blocks = fused_blocks(model)
+    live |= {name: block.describe(live[name]) for name, block in blocks.items() if name in live}
     layers = {draft.name: live.get(draft.name) or _without_runtime(draft) for draft in record.drafts}
-    return Plan(_blocks(layers, record.sites), record.method, record.backend, record.fallback_detail)
+    return Plan(_blocks(layers, record.sites, blocks), record.method, record.backend, record.fallback_detail)
 
 
 def _without_runtime(draft: LayerPlan) -> LayerPlan:
     return dataclasses.replace(draft, reason=Reason.REPLACED) if draft.reason is Reason.NOT_MEASURED else draft
 
 
-def _blocks(layers: dict[str, LayerPlan], sites: tuple[LayerSite, ...]) -> tuple[BlockPlan, ...]:
+def _blocks(
+    layers: dict[str, LayerPlan], sites: tuple[LayerSite, ...], fused: dict[str, BlockRun]
+) -> tuple[BlockPlan, ...]:
     by_name = {site.name: site for site in sites}
-    return tuple(
-        BlockPlan((plan,), by_name[name].norm, by_name[name].neuron) if name in by_name else BlockPlan((plan,))
-        for name, plan in layers.items()
-    )
+
+    def block(name: str, plan: LayerPlan) -> BlockPlan:
+        if name in fused:
+            return BlockPlan((plan,), fused[name].block.norm, fused[name].block.neuron, fused=True)
+        site = by_name.get(name)
+        return BlockPlan((plan,)) if site is None else BlockPlan((plan,), site.norm, site.neuron)
+
+    return tuple(block(name, plan) for name, plan in layers.items())
 
 
 def _announce(model: nn.Module, options: Options) -> None:

@@ -18,6 +18,9 @@ from .errors import MismatchError
 from .frameworks import neuron_spec
 from .kernels.base import Call
 from .kernels.reference import excess
+from .modules.fused.block import BlockRun
+from .modules.fused.check import excess_of_block
+from .modules.fused.model import fusion_of, own_forward
 from .modules.swap import runtimes
 from .plan import Path
 from .report import LayerProfile, ProfileResult
@@ -132,7 +135,8 @@ def profile(model: nn.Module) -> Iterator[Profile]:
 
     Gives a :class:`Profile`: ``p.layers`` (ms, density, calls per path), ``p.result()``, ``print(p)``. The hooks cost
     about a microsecond a module and call, which is inside the times. On a GPU they also wait for the device before and
-    after every module: the times then hold the launches, which a stream of calls would hide.
+    after every module: the times then hold the launches, which a stream of calls would hide. Fused blocks have no
+    modules to time: inside, every module runs on its own.
 
     >>> import torch, sparseflow
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
@@ -144,17 +148,22 @@ def profile(model: nn.Module) -> Iterator[Profile]:
     watch = Profile(model)
     handles = watch.attach()
     try:
-        yield watch
+        with own_forward(model):
+            yield watch
     finally:
         for handle in handles:
             handle.remove()
 
 
 class Verification:
-    """Compares the sparse calls of every layer with the dense oracle; ``checked`` counts the comparisons."""
+    """Compares the sparse calls of every layer, and all fused blocks, with the dense oracle.
+
+    ``checked`` counts the comparisons, ``worst`` is the largest error in budgets, and ``flips`` counts spikes of fused
+    blocks that rounding at the threshold has decided otherwise than float64.
+    """
 
     def __init__(self, every: int):
-        self.every, self.checked, self.worst = every, 0, 0.0
+        self.every, self.checked, self.worst, self.flips = every, 0, 0.0, 0
         self._calls: collections.Counter[str] = collections.Counter()
 
     def __call__(
@@ -162,23 +171,35 @@ class Verification:
     ) -> None:
         if path is Path.DENSE:
             return
-        name = runtime.plan.name
+        if self._due(runtime.plan.name):
+            found = excess(y, x, weight, bias, call)
+            self._take(runtime.plan.name, found, f"the {path} result", f"{tuple(x.shape)} {x.dtype}")
+
+    def check_block(self, block: BlockRun, x: Any, residual: Any, before: tuple[Any, ...], result: Any) -> None:
+        """The same for a block of a fused plan, teacher-forced."""
+        if self._due(f"block {block.name}"):
+            with torch.no_grad():
+                found, flips = excess_of_block(block, x, residual, before, result)
+            self.flips += flips
+            self._take(block.name, found, "the fused result", f"{tuple(x.shape)}")
+
+    def _due(self, name: str) -> bool:
         self._calls[name] += 1
-        if (self._calls[name] - 1) % self.every:
-            return
+        return (self._calls[name] - 1) % self.every == 0
+
+    def _take(self, name: str, found: float, what: str, given: str) -> None:
         self.checked += 1
-        found = excess(y, x, weight, bias, call)
         self.worst = max(self.worst, found)
-        if found > 1.0:
+        if not found <= 1.0:
             raise MismatchError(
-                f"{name}: the {path} result is {found:.3g} times outside its error budget against float64 for input "
-                f"{tuple(x.shape)} {x.dtype}. Run it dense with exclude={name!r} and please report it."
+                f"{name}: {what} is {found:.3g} times outside its error budget against float64 for input {given}. Run "
+                f"it dense with exclude={name!r} and please report it."
             )
 
 
 @contextlib.contextmanager
 def verify(model: nn.Module, every: int = 1) -> Iterator[Verification]:
-    """Check every ``every``-th sparse call of each layer against the dense layer in float64 while the block runs.
+    """Inside, check every ``every``-th sparse call of each layer, and of each fused block, against float64.
 
     Raises:
         ValueError: ``every`` is not a positive integer.
@@ -189,10 +210,15 @@ def verify(model: nn.Module, every: int = 1) -> Iterator[Verification]:
         raise ValueError(f"every must be a positive integer, got {every!r}")
     watch = Verification(every)
     found = list(runtimes(model).values())
+    fusions = [fusion for module in model.modules() if (fusion := fusion_of(module)) is not None]
     for runtime in found:
         runtime.observers.append(watch)
+    for fusion in fusions:
+        fusion.observers.append(watch.check_block)
     try:
         yield watch
     finally:
         for runtime in found:
             runtime.observers.remove(watch)
+        for fusion in fusions:
+            fusion.observers.remove(watch.check_block)

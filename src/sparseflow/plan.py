@@ -13,7 +13,7 @@ import json
 import math
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Provenance(enum.IntEnum):
@@ -36,6 +36,7 @@ class Path(enum.StrEnum):
     EVENT = "event"
     GATHER = "gather"
     TILE = "tile"
+    FUSED = "fused"
 
 
 class Reason(enum.StrEnum):
@@ -57,6 +58,13 @@ class Reason(enum.StrEnum):
     NO_ENGINE = "no sparse kernel of the backend covers this layer"
     FORCED = "mode='sparse' asked for it"
     MODE = "mode='dense' asked for it"
+    FUSED = "one kernel with its neuron, on packed spikes"
+    NOT_TRACED = "the forward cannot be traced"
+    NO_BLOCKS = "no neuron can be fused"
+    FUSED_LOSES = "the fused plan was measured slower than the layers on their own"
+    GRADIENTS = "gradients are recorded; fused blocks run under torch.no_grad()"
+    AUTOCAST = "autocast is on; fused blocks are float32"
+    FUSED_DENSE = "dense measured faster at the observed density; its neuron is fused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +122,14 @@ class LayerPlan:
 class BlockPlan:
     """A run of modules ``conv/linear -> normalisation -> neuron`` that a fused kernel could take as one.
 
-    ``norm`` and ``neuron`` are qualified module names, or ``None`` where the block has no such part.
+    ``norm`` and ``neuron`` are qualified module names, or ``None`` where the block has no such part. ``fused``: the
+    parts run as one, over all time steps.
     """
 
     layers: tuple[LayerPlan, ...]
     norm: str | None = None
     neuron: str | None = None
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +167,7 @@ class Plan:
         if data["schema"] != SCHEMA:
             raise ValueError(f"plan schema {data['schema']} cannot be read by this version (schema {SCHEMA})")
         blocks = tuple(
-            BlockPlan(tuple(_layer_from_dict(layer) for layer in b["layers"]), b["norm"], b["neuron"])
+            BlockPlan(tuple(_layer_from_dict(layer) for layer in b["layers"]), b["norm"], b["neuron"], b["fused"])
             for b in data["blocks"]
         )
         return cls(blocks, data["method"], data["backend"], data["fallback_detail"])

@@ -91,7 +91,7 @@ def _foreign_weight(module: Any) -> tuple[Reason, str] | None:
 
 
 def _custom_forward(module: nn.Module) -> tuple[Reason, str] | None:
-    cls = type(module)
+    cls = getattr(type(module), "_sparseflow_original", type(module))  # a layer that is swapped already
     if "forward" in module.__dict__:
         return Reason.CUSTOM_FORWARD, "forward is replaced on this module"
     if cls.forward not in _known_forwards(module):

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +46,13 @@ def call_state_method(module: nn.Module, name: str, *args: Any, **kwargs: Any) -
     return getattr(module, name)(*args, **kwargs)
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.GraphModule:
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    whole: Collection[str] = (),
+) -> fx.GraphModule:
     """Trace ``model`` on an example into a graph that shares its modules and parameters.
 
     Ranks, data types and every size that Python needs as a number (loop bounds over T) are those of the example;
@@ -57,6 +63,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     Args:
         model: any module; nothing in it is changed.
         args, kwargs: what the model is called with.
+        whole: names of modules to keep as one ``call_module`` node each, whatever they are.
 
     Returns:
         A module that is called like ``model``, with equal results and equal effects on the neurons' state.
@@ -72,15 +79,21 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     """
     kwargs = kwargs or {}
     with isolated(model):
-        graph = _graph_module(model, run_traced(model, Recorder(model), args, kwargs))
+        graph = _graph_module(model, run_traced(model, Recorder(model), args, kwargs, whole))
     if not _equal(_two_calls(model, model, args, kwargs), _two_calls(model, graph, args, kwargs)):
         raise TraceError("the graph differs from the model: the forward asks what tracing answers otherwise")
     return graph
 
 
-def run_traced(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+def run_traced(
+    model: nn.Module,
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    whole: Collection[str] = (),
+) -> fx.Graph:
     """Trace inside an :func:`isolated` context and report every operation to ``recorder``."""
-    tracer = ExampleTracer(model, recorder, *copied((args, kwargs)))
+    tracer = ExampleTracer(model, recorder, copied(args), copied(kwargs), whole)
     if tracer.is_leaf_module(model, ""):
         raise TraceError(f"the model is a single {type(model).__name__}")
     before = _python_state(model)
@@ -208,10 +221,17 @@ class ExampleTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: Recorder,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self._names = {module: name for name, module in model.named_modules()}
-        self._whole = {module for module in self._names if self._keeps_whole(module)}
+        self._whole = {m for m, name in self._names.items() if name in whole or self._keeps_whole(m)}
         self.entered: set[nn.Module] = set()
         self._recorder = recorder
         self._example = (args, kwargs)

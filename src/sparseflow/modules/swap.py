@@ -105,7 +105,7 @@ def _run(runtime: LayerRuntime, x: Tensor, weight: Tensor, bias: Tensor | None, 
     """Route one eager call: autograd goes through the registered operation, plain tensors directly."""
     autocast = torch.is_autocast_enabled(x.device.type)
     x = _autocast(x) if autocast else x
-    if _watched() or not (_plain(x) and _plain(weight) and (bias is None or _plain(bias))):
+    if watched_by_others() or not (_plain(x) and _plain(weight) and (bias is None or _plain(bias))):
         return call.dense(x, weight, bias)
     if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
         return call.dense(x, weight, bias)  # raises what the dense layer raises
@@ -121,7 +121,7 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
 
 
-def _watched() -> bool:
+def watched_by_others() -> bool:
     """Whether somebody other than autograd follows the operations, and has to see PyTorch's own.
 
     These are ``torch.func`` transforms, forward-mode derivatives, ``torch.jit.trace`` and dispatch modes (counters of

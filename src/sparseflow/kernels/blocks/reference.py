@@ -20,12 +20,12 @@ from .spikes import PackedSpikes, as_tensor, channels_last, pack, unpack
 def sums(x: PackedSpikes, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     """``[images, pixels, channels]`` of ``conv(x, weight)`` in the dtype of ``weight [O, C / groups, D, H, W]``."""
     dense = unpack(x, weight.dtype).reshape(x.images, x.channels, *x.size)
-    padded = F.pad(dense, _padding(geometry))
+    padded = F.pad(dense, padding_of(geometry))
     y = F.conv3d(padded, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
     return channels_last(y, 1)
 
 
-def _padding(geometry: ConvGeometry) -> list[int]:
+def padding_of(geometry: ConvGeometry) -> list[int]:
     """Padding before and after, last dimension first; what is padded after follows from the output's size."""
     pads: list[int] = []
     for i in (2, 1, 0):

@@ -1,0 +1,580 @@
+"""From a traced graph to fused blocks: which nodes become one kernel, and which values stay packed between them.
+
+Three passes over the graph. First, which values can be packed: what described neurons emit, and what pooling, views,
+sums, products and concatenations make of it. Then every neuron claims what feeds it: the residual addition, the batch
+norm, and the layer whose input is packed; layers that no neuron claims take their batch norm and addition with them.
+Last, everything is put in order, and one unpack stands where something else looks at a packed value.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparseflow.frameworks import is_unknown_neuron, neuron_spec, spikingjelly, steps_over_time, stores_sequence
+from sparseflow.graph.eligibility import layer_kind, refuse
+from sparseflow.graph.pooling import Window, window_of
+from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Layout, Operand, Pool, Step, Unpack
+from sparseflow.graph.timeops import neuron_sequence
+from sparseflow.graph.values import (
+    IN_PLACE,
+    complement_of,
+    concatenated,
+    foldable_norm,
+    is_addition,
+    is_in_place,
+    product_of,
+)
+from sparseflow.neuron import NeuronSpec
+from sparseflow.plan import Provenance
+
+MAX_COUNT = 255
+_VIEW_METHODS = frozenset({"flatten", "unflatten", "view", "reshape", "contiguous", "detach", "squeeze", "unsqueeze"})
+_VIEW_FUNCTIONS = (torch.flatten, torch.unflatten, torch.reshape, torch.squeeze, torch.unsqueeze)
+_DROPOUTS = frozenset({"Dropout", "Dropout2d"})
+_IDENTITIES = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def fuse(
+    model: nn.Module,
+    graph: fx.GraphModule,
+    values: dict[fx.Node, torch.Tensor],
+    excluded: Collection[str] = (),
+    whole: Collection[str] = (),
+) -> FusedGraph:
+    """Find the fused blocks of ``graph``, traced from ``model``.
+
+    Args:
+        model: whose modules the graph calls.
+        graph: a traced, and where its forward loops over time a re-rolled, graph.
+        values: shape and dtype of every tensor on the example (:func:`~sparseflow.graph.values.example_values`).
+        excluded: layers that may not become part of a block.
+        whole: modules that must be called as they are, because somebody has hooked them.
+    """
+    fuser = _Fuser(model, graph, values, excluded, whole)
+    return FusedGraph(graph, fuser.steps(), fuser.refusals)
+
+
+class _Fuser:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.GraphModule,
+        values: dict[fx.Node, torch.Tensor],
+        excluded: Collection[str],
+        whole: Collection[str],
+    ) -> None:
+        self.values, self.excluded, self.whole = values, excluded, whole
+        self.modules = dict(model.named_modules())
+        self.refusals: dict[str, str] = {}
+        self.nodes: list[fx.Node] = list(graph.graph.nodes)
+        self.written: set[Any] = set(n.args[0] for n in self.nodes if self._writes(n))  # noqa: C401
+        self.packed: dict[fx.Node, Operand] = {}
+        for node in self.nodes:
+            self._find_packed(node)
+        self.made: dict[fx.Node, Step] = {}
+        self.claimed: set[fx.Node] = set()
+
+    # ---- what the nodes are
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that ``node`` calls."""
+        name = str(node.target) if node.op == "call_module" else ""
+        return None if name in self.whole else self.modules.get(name)
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a write into the first argument can be seen by anybody but ``node`` itself."""
+        if not node.args or not isinstance(node.args[0], fx.Node) or not is_in_place(node, self.module(node)):
+            return False
+        target = node.args[0]
+        return len(target.users) > 1 or target.op in ("placeholder", "get_attr") or self._is_view(target)
+
+    def _is_view(self, node: fx.Node) -> bool:
+        if node.op == "call_method":
+            return node.target in _VIEW_METHODS
+        if node.op == "call_function":
+            return node.target in _VIEW_FUNCTIONS
+        module = self.module(node)
+        return isinstance(module, _IDENTITIES) or (module is not None and spikingjelly.is_layer(module, _DROPOUTS))
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of the tensor that ``node`` makes on the example."""
+        return tuple(self.values[node].shape)
+
+    def neuron_name(self, node: fx.Node) -> str | None:
+        """Qualified name of the neuron that runs over all time steps in ``node``."""
+        module = self.module(node)
+        if module is not None and steps_over_time(module) and (neuron_spec(module) or is_unknown_neuron(module)):
+            return str(node.target)
+        if node.op == "call_function" and node.target is neuron_sequence:
+            owner = node.args[0]
+            return str(owner.target) if isinstance(owner, fx.Node) and owner.op == "get_attr" else None
+        return None
+
+    def neuron_input(self, node: fx.Node) -> fx.Node:
+        """The current that a neuron node integrates."""
+        return node.args[1 if node.op == "call_function" else 0]  # type: ignore[return-value]
+
+    # ---- which values are packed
+
+    def _find_packed(self, node: fx.Node) -> None:
+        if node in self.written:
+            return
+        layout = self._emitted(node)
+        if layout is not None:
+            self.packed[node] = Operand(node, layout)
+            return
+        for rule in (self._output_of_sequence, self._viewed, self._pooled, self._combined):
+            found = rule(node)
+            if found is not None:
+                self.packed[node] = found
+                return
+
+    def _emitted(self, node: fx.Node) -> Layout | None:
+        """Layout of the spikes of a neuron that a fused block can compute."""
+        name = self.neuron_name(node)
+        if name is None:
+            return None
+        spec = neuron_spec(self.modules[name])
+        why = self._why_not(node, name, spec)
+        if why:
+            self.refusals[name] = why
+            return None
+        assert spec is not None
+        return self._layout_of(node, spec)
+
+    def _why_not(self, node: fx.Node, name: str, spec: NeuronSpec | None) -> str:
+        if spec is None or not spec.described:
+            return f"the update rule of {type(self.modules[name]).__name__} in this configuration is not known"
+        if spec.emits is not Provenance.BINARY:
+            return "it emits graded spikes"
+        if stores_sequence(self.modules[name]):
+            return "it stores the membrane of every step (store_v_seq)"
+        source = self.neuron_input(node)
+        if source not in self.values or self.values[source].dtype is not torch.float32:
+            return "its input is not float32"
+        if self.values[source].dim() < 2 or node.kwargs or (node.op == "call_module" and len(node.args) != 1):
+            return "it is called with more than its input"
+        if self._layout_of(node, spec) is None:
+            return "its constants do not belong to channels"
+        if node.op == "call_function" and not self._sequence_is_known(node, spec):
+            return "the graph reads a state of it that a fused block does not keep for every step"
+        return ""
+
+    def _sequence_is_known(self, node: fx.Node, spec: NeuronSpec) -> bool:
+        """Whether only spikes and membrane are read of the outputs over time, and states are passed plainly."""
+        if len(node.args) - 2 not in (0, len(spec.states)):
+            return False
+        return node in self.values or all(self._output(user, spec) is not None for user in node.users)
+
+    def _output(self, user: fx.Node, spec: NeuronSpec) -> str | None:
+        """``"spikes"`` or ``"membrane"``: what a getitem of a neuron's outputs over time reads; ``None``: neither.
+
+        snnTorch returns ``(spk, *states)`` with the membrane last.
+        """
+        if user.op != "call_function" or user.target is not operator.getitem or not isinstance(user.args[1], int):
+            return None
+        index = user.args[1]
+        if index == spec.output_index:
+            return "spikes"
+        return "membrane" if index in (len(spec.states), -1) else None
+
+    def _layout_of(self, node: fx.Node, spec: NeuronSpec) -> Layout | None:
+        shape = self.shape(self.neuron_input(node))
+        layer = self._layer_behind(self.neuron_input(node))
+        rank = self._spatial_rank(layer) if layer is not None else max(0, len(shape) - 3)
+        lead = len(shape) - 1 - rank
+        if lead < 1 or rank > 3:
+            return None
+        layout = Layout(shape[:lead], shape[lead], shape[lead + 1 :])
+        constants = (spec.threshold, spec.decay, *spec.input_gains, spec.synapse_decay)
+        tensors = [c for c in constants if isinstance(c, torch.Tensor) and c.numel() > 1]
+        fits = all(c.dim() == 1 + rank and c.shape[0] == c.numel() == layout.channels for c in tensors)
+        return layout if fits else None
+
+    def _spatial_rank(self, layer: fx.Node) -> int:
+        kind = layer_kind(self.modules[str(layer.target)]) or "linear"
+        return 0 if kind == "linear" else int(kind[-2])
+
+    def _layer_behind(self, node: fx.Node) -> fx.Node | None:
+        """The layer whose output, normalised, pooled or added to, ``node`` is: it says which dimension is channels."""
+        for _ in range(16):
+            module = self.module(node)
+            if module is not None and layer_kind(module) is not None:
+                return node
+            sources = [
+                n for n in node.all_input_nodes if n in self.values and len(self.shape(n)) >= len(self.shape(node))
+            ]
+            if not sources or node not in self.values:
+                return None
+            node = sources[0]
+        return None
+
+    def _output_of_sequence(self, node: fx.Node) -> Operand | None:
+        if node.op != "call_function" or node.target is not operator.getitem:
+            return None
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.target is not neuron_sequence or source not in self.packed:
+            return None
+        spec = neuron_spec(self.modules[self.neuron_name(source) or ""])
+        assert spec is not None
+        return self.packed[source] if self._output(node, spec) == "spikes" else None
+
+    def _viewed(self, node: fx.Node) -> Operand | None:
+        """The same spikes under another shape that a layout can express."""
+        module = self.module(node)
+        if not self._is_view(node) or node not in self.values or not node.args or node.args[0] not in self.packed:
+            return None
+        if getattr(module, "p", 0) and getattr(module, "training", False):
+            return None
+        source = self.packed[node.args[0]]  # type: ignore[index]
+        layout = reshaped(source.packed, self.shape(node)) if source.packed else None
+        return Operand(source.node, layout) if layout is not None else None
+
+    def _pooled(self, node: fx.Node) -> Operand | None:
+        source = self._first_packed(node)
+        window = self._window(node, source)
+        if window is None or window.average or source is None or source.packed is None:
+            return None
+        size = self.shape(node)[len(source.packed.lead) + 1 :] if node in self.values else ()
+        if len(self.shape(node)) != len(source.packed.shape):
+            return None
+        return Operand(node, Layout(source.packed.lead, source.packed.channels, size))
+
+    def _window(self, node: fx.Node, source: Operand | None) -> Window | None:
+        if source is None or source.packed is None or node not in self.values:
+            return None
+        return window_of(node, self.module(node), source.packed)
+
+    def _first_packed(self, node: fx.Node) -> Operand | None:
+        first = node.args[0] if node.args else None
+        return self.packed.get(first) if isinstance(first, fx.Node) else None
+
+    def _combined(self, node: fx.Node) -> Operand | None:
+        parts = self._parts(node)
+        if parts is None:
+            return None
+        layouts = [part.packed for part in parts[0] if part.packed is not None]
+        first = layouts[0]
+        if parts[1] == "concat":
+            return Operand(node, Layout(first.lead, sum(x.channels for x in layouts), first.size))
+        most = sum(x.most for x in layouts) if parts[1] == "add" else 1
+        return Operand(node, Layout(first.lead, first.channels, first.size, first.flat, most))
+
+    def _parts(self, node: fx.Node) -> tuple[tuple[Operand, ...], Any] | None:
+        """Operands and operation of a sum, product or concatenation of packed values of equal layout."""
+        if is_addition(node):
+            return self._alike(node.args, "add")  # type: ignore[arg-type]
+        factors = product_of(node)
+        if factors is not None:
+            for a, b in (factors, factors[::-1]):
+                inner = complement_of(b)
+                if inner is not None:
+                    return self._alike((a, inner), "and_not")
+            return self._alike(factors, "and")
+        parts = concatenated(node)
+        if parts is None or not parts[0] or parts[0][0] not in self.packed:
+            return None
+        layout = self.packed[parts[0][0]].packed
+        along_channels = layout is not None and parts[1] % len(layout.shape) == len(layout.lead)
+        return self._alike(parts[0], "concat") if along_channels else None
+
+    def _alike(self, nodes: tuple[fx.Node, ...], op: str) -> tuple[tuple[Operand, ...], str] | None:
+        operands = [self.packed.get(node) for node in nodes]
+        found = tuple(operand for operand in operands if operand is not None and operand.packed is not None)
+        if len(found) < len(nodes):
+            return None
+        layouts = [operand.packed for operand in found if operand.packed is not None]
+        if op == "concat":
+            same = len({(x.lead, x.size) for x in layouts}) == 1 and not any(x.flat for x in layouts)
+        else:
+            same = len({(x.lead, x.channels, x.size, x.flat) for x in layouts}) == 1
+        fits = sum(x.most for x in layouts) <= MAX_COUNT if op == "add" else all(x.most == 1 for x in layouts)
+        return (found, op) if same and fits else None
+
+    # ---- which nodes are one block
+
+    def steps(self) -> tuple[Step, ...]:
+        """All steps in order; what nothing needs is left out."""
+        for node in self.nodes:
+            if self.neuron_name(node) is not None and node in self.packed:
+                self._claim_neuron(node)
+        for node in self.nodes:
+            if node not in self.claimed and self._reads_packed(node):
+                self._claim_layer(node)
+        for node in self.nodes:
+            if node not in self.claimed and node not in self.made:
+                self._claim_other(node)
+        return _needed(_in_order(self.nodes, self.made, self.packed))
+
+    def _claim_neuron(self, node: fx.Node) -> None:
+        name = self.neuron_name(node)
+        layout = self.packed[node].packed
+        assert name is not None
+        assert layout is not None
+        chain = _Chain(self, layout)
+        current = chain.behind(self.neuron_input(node))
+        current = chain.take_addition(current)
+        current = chain.take_norm(current)
+        current = chain.take_layer(current)
+        self._keep(
+            Block(
+                node,
+                (*chain.nodes, node),
+                chain.source(current),
+                layout,
+                chain.layer,
+                chain.norm,
+                chain.residual,
+                name,
+                tuple(n for n in node.args[2:] if isinstance(n, fx.Node)) if node.op == "call_function" else (),
+                self._membrane_of(node, name),
+            )
+        )
+
+    def _membrane_of(self, node: fx.Node, name: str) -> fx.Node | None:
+        if node.op != "call_function" or node in self.values:
+            return None
+        spec = neuron_spec(self.modules[name])
+        assert spec is not None
+        return next((user for user in node.users if self._output(user, spec) == "membrane"), None)
+
+    def _reads_packed(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a layer that can run on the packed value it reads."""
+        module, source = self.module(node), self._first_packed(node)
+        if module is None or source is None or source.packed is None or len(node.args) != 1 or node.kwargs:
+            return False
+        kind = layer_kind(module)
+        if kind is None or refuse(module) is not None or str(node.target) in self.excluded:
+            return False
+        if module.weight.dtype is not torch.float32:  # type: ignore[union-attr]
+            return False
+        if kind == "linear":
+            return source.packed.flat or not source.packed.size
+        return not source.packed.flat and len(source.packed.size) == self._spatial_rank(node)
+
+    def _reads_dense(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a layer on a dense tensor, such as the stem: it may be the same at every step."""
+        module, source = self.module(node), node.args[0] if node.args else None
+        if module is None or not isinstance(source, fx.Node) or len(node.args) != 1 or node.kwargs:
+            return False
+        known = layer_kind(module) is not None and source in self.values and self.values[source].dim() > 1
+        return known and source not in self.packed and source not in self.written and refuse(module) is None
+
+    def _claim_layer(self, node: fx.Node) -> None:
+        """A layer without a neuron behind it: its batch norm and the addition that follow come along."""
+        rank = self._spatial_rank(node)
+        shape = self.shape(node)
+        lead = len(shape) - 1 - rank
+        layout = Layout(shape[:lead], shape[lead], shape[lead + 1 :])
+        nodes, norm, residual = [node], None, None
+        user = _only_user(node)
+        if user is not None and user not in self.claimed and self._is_norm(user):
+            norm = str(user.target)
+            nodes.append(user)
+            user = _only_user(user)
+        if user is not None and user not in self.claimed and is_addition(user) and self.shape(user) == shape:
+            other = next((arg for arg in user.args if arg is not nodes[-1]), None)
+            if isinstance(other, fx.Node) and self._comes_before(other, user):
+                residual = self._residual(other, layout)
+                nodes += [user] if residual is not None else []
+        source = self._first_packed(node)
+        assert source is not None
+        self._keep(Block(nodes[-1], tuple(nodes), source, layout, str(node.target), norm, residual))
+
+    def _comes_before(self, other: fx.Node, user: fx.Node) -> bool:
+        return other in self.values and self.shape(other) == self.shape(user)
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        return foldable_norm(self.module(node)) and len(node.args) == 1 and not node.kwargs
+
+    def _residual(self, node: fx.Node, layout: Layout) -> Operand | None:
+        """How a block of ``layout`` reads what is added to its sums."""
+        packed = self.packed.get(node)
+        if node in self.written:
+            return None
+        if packed is not None and packed.packed is not None:
+            x = packed.packed
+            same = (x.images, x.channels, x.size, x.flat) == (layout.images, layout.channels, layout.size, False)
+            return packed if same else None
+        dense = node in self.values and self.values[node].dtype is torch.float32
+        same = dense and math.prod(self.shape(node)) == math.prod(layout.shape)
+        tail = (layout.channels, *layout.size)
+        return Operand(node) if same and self.shape(node)[-len(tail) :] == tail else None
+
+    def _claim_other(self, node: fx.Node) -> None:
+        packed = self.packed.get(node)
+        if packed is None:
+            source = self._first_packed(node)
+            window = self._window(node, source)
+            if window is not None and window.average and source is not None and source.packed is not None:
+                size = self.shape(node)[len(source.packed.lead) + 1 :]
+                layout = Layout(source.packed.lead, source.packed.channels, size)
+                self._keep(_pool_step(node, source, layout, window))
+            else:
+                self._keep(Eager(node, (node,)))
+            return
+        if packed.node is not node:  # a view of something packed
+            return
+        parts = self._parts(node)
+        if parts is not None:
+            self._keep(Combine(node, (node,), *parts))
+            return
+        source = self._first_packed(node)
+        window = self._window(node, source)
+        assert window is not None
+        assert source is not None
+        assert packed.packed is not None
+        self._keep(_pool_step(node, source, packed.packed, window))
+
+    def _keep(self, step: Step) -> None:
+        self.made[step.out] = step
+        self.claimed.update(step.nodes)
+
+
+class _Chain:
+    """Walks back from a neuron over what one kernel can compute with it."""
+
+    def __init__(self, fuser: _Fuser, layout: Layout) -> None:
+        self._fuser, self._layout = fuser, layout
+        self.nodes: tuple[fx.Node, ...] = ()
+        self.layer: str | None = None
+        self.norm: str | None = None
+        self.residual: Operand | None = None
+
+    def behind(self, node: fx.Node) -> fx.Node:
+        """``node`` or what it is a view of, as long as nobody else looks and channels and pixels stay what they are."""
+        while self._mine(node) and self._fuser._is_view(node) and self._same_pixels(node.args[0]):
+            self.nodes = (node, *self.nodes)
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def take_addition(self, node: fx.Node) -> fx.Node:
+        """Claim ``node`` if it adds something to what is normalised or computed by a layer."""
+        if not (self._mine(node) and is_addition(node)):
+            return node
+        options = [(a, b) for a, b in (node.args, node.args[::-1]) if self._fuser.shape(a) == self._fuser.shape(b)]  # type: ignore[arg-type]
+        ranked = sorted(options, key=lambda pair: self._work(pair[0]), reverse=True)  # type: ignore[arg-type]
+        for main, other in ranked:
+            residual = self._fuser._residual(other, self._layout)  # type: ignore[arg-type]
+            if residual is not None and main is not other:
+                self.residual = residual
+                self.nodes = (node, *self.nodes)
+                return self.behind(main)  # type: ignore[arg-type]
+        return node
+
+    def take_norm(self, node: fx.Node) -> fx.Node:
+        """Claim a batch norm whose result nobody else reads."""
+        if not (self._mine(node) and self._fuser._is_norm(node)):
+            return node
+        self.norm = str(node.target)
+        self.nodes = (node, *self.nodes)
+        return self.behind(node.args[0])  # type: ignore[arg-type]
+
+    def take_layer(self, node: fx.Node) -> fx.Node:
+        """Claim the layer: on packed spikes it is part of the kernel, on a dense tensor it runs in front of it."""
+        if self._mine(node) and (self._fuser._reads_packed(node) or self._fuser._reads_dense(node)):
+            self.layer = str(node.target)
+            self.nodes = (node, *self.nodes)
+            return node.args[0]  # type: ignore[return-value]
+        return node
+
+    def source(self, node: fx.Node) -> Operand:
+        """What the block reads in the end."""
+        packed = self._fuser.packed.get(node)
+        return packed if self.layer is not None and packed is not None else Operand(node)
+
+    def _work(self, node: fx.Node) -> int:
+        """How much is gained by having ``node`` in the kernel: elements of the weight behind it."""
+        node = self.behind_quietly(node)
+        if self._mine(node) and self._fuser._is_norm(node):
+            node = self.behind_quietly(node.args[0])  # type: ignore[arg-type]
+        if self._mine(node) and self._fuser._reads_packed(node):
+            return self._fuser.module(node).weight.numel()  # type: ignore[union-attr,operator,return-value]
+        return 0
+
+    def behind_quietly(self, node: fx.Node) -> fx.Node:
+        """:meth:`behind` without claiming."""
+        claimed = self.nodes
+        node = self.behind(node)
+        self.nodes = claimed
+        return node
+
+    def _mine(self, node: fx.Node) -> bool:
+        fuser = self._fuser
+        return len(node.users) == 1 and node in fuser.values and node not in fuser.claimed | fuser.written
+
+    def _same_pixels(self, source: Any) -> bool:
+        tail = (self._layout.channels, *self._layout.size)
+        known = isinstance(source, fx.Node) and source in self._fuser.values
+        return known and self._fuser.shape(source)[-len(tail) :] == tail
+
+
+def reshaped(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
+    """The layout under which packed spikes have another shape; ``None`` where channels or pixels would be torn apart.
+
+    >>> reshaped(Layout((4, 2), 8, (3, 3)), (8, 8, 3, 3)).lead
+    (8,)
+    >>> reshaped(Layout((4, 2), 8, (3, 3)), (4, 2, 72)).flat
+    True
+    >>> reshaped(Layout((4, 2), 8, (3, 3)), (4, 2, 9, 8)) is None
+    True
+    """
+    plain = (layout.channels, *layout.size)
+    features = (layout.channels * math.prod(layout.size),)
+    options = [(features, True)] if layout.flat else [(plain, False), (features, bool(layout.size))]
+    for tail, flat in options:
+        lead = shape[: len(shape) - len(tail)]
+        if lead and shape[len(shape) - len(tail) :] == tail and math.prod(lead) == layout.images:
+            return Layout(lead, layout.channels, layout.size, flat, layout.most)
+    return None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _pool_step(node: fx.Node, source: Operand, layout: Layout, window: Window) -> Pool:
+    arguments = (window.average, window.kernel, window.stride, window.padding, window.dilation, window.include_pad)
+    return Pool(node, (node,), source, layout, *arguments)
+
+
+def _in_order(nodes: list[fx.Node], made: dict[fx.Node, Step], packed: dict[fx.Node, Operand]) -> list[Step]:
+    """Every step where its last node stands, unpacks in front of the first that needs them."""
+    steps: list[Step] = []
+    unpacked: set[fx.Node] = set()
+    for node in nodes:
+        step = made.get(node)
+        if step is None:
+            continue
+        for operand in step.operands:
+            if operand.packed is None and operand.node in packed and operand.node not in unpacked:
+                unpacked.add(operand.node)
+                steps.append(Unpack(operand.node, (), packed[operand.node]))
+        steps.append(step)
+    return steps
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.op != "call_function" or node.target in IN_PLACE or node.is_impure()
+
+
+def _needed(steps: list[Step]) -> tuple[Step, ...]:
+    """Steps without those whose result nobody reads and that have no effect."""
+    wanted: set[tuple[fx.Node, bool]] = set()
+    kept: list[Step] = []
+    for step in reversed(steps):
+        results = {(step.out, step.makes_packed)}
+        if isinstance(step, Block) and step.membrane is not None:
+            results.add((step.membrane, False))
+        effect = isinstance(step, Block) and step.neuron is not None
+        effect = effect or (isinstance(step, Eager) and _has_effect(step.out))
+        if effect or results & wanted:
+            kept.append(step)
+            wanted |= {(operand.node, operand.packed is not None) for operand in step.operands}
+    return tuple(reversed(kept))

@@ -1,0 +1,220 @@
+"""One fused block at run time: its constants, its neuron's memory, and the choice between events and dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseflow.dispatch.blocks import block_crossover, block_key
+from sparseflow.dispatch.crossovers import RuntimeConfig
+from sparseflow.dispatch.policy import Policy
+from sparseflow.dispatch.stats import LayerStats
+from sparseflow.frameworks import neuron_spec
+from sparseflow.graph.eligibility import layer_kind
+from sparseflow.graph.steps import Block
+from sparseflow.kernels.blocks.records import BlockOps, Dynamics, Epilogue, State
+from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_last
+from sparseflow.plan import Crossover, LayerPlan, Path, Reason
+
+from .constants import Watched, geometry_of, kernel_weight, owners, scale_and_shift
+from .state import NeuronMemory
+
+
+class BlockRun:
+    """Executes one :class:`~sparseflow.graph.steps.Block`.
+
+    A block on packed spikes runs event-driven up to its measured crossover, and above it a dense convolution in front
+    of the same neuron. A block on a dense tensor runs its layer, once where all time steps are equal, and the neuron.
+    """
+
+    def __init__(self, block: Block, modules: dict[str, nn.Module], ops: BlockOps, device: torch.device):
+        self.block, self.ops = block, ops
+        self.layer: Any = modules[block.layer] if block.layer else None
+        self.norm: Any = modules[block.norm] if block.norm else None
+        self.memory = NeuronMemory(modules[block.neuron], block, device) if block.neuron else None
+        self.dynamics = self._dynamics(modules)
+        self.geometry = geometry_of(block, self.layer) if block.source.packed and self.layer is not None else None
+        self.watched = Watched(owners(block, modules))
+        self.stats = LayerStats()
+        self.policy: Policy | None = None
+        self._forget()
+
+    @property
+    def name(self) -> str:
+        """The layer, or else the neuron, by which reports know the block."""
+        return self.block.layer or self.block.neuron or ""
+
+    @property
+    def layout(self) -> Any:
+        """Layout of the result."""
+        return self.block.layout
+
+    def _dynamics(self, modules: dict[str, nn.Module]) -> Dynamics | None:
+        if self.block.neuron is None:
+            return None
+        spec = neuron_spec(modules[self.block.neuron])
+        assert spec is not None
+        return Dynamics.of(spec, self.block.layout.channels)
+
+    def _forget(self) -> None:
+        self._affine: tuple[Tensor | None, Tensor | None] | None = None
+        self._packed: dict[str, Any] = {}
+        self._dense_weight: Tensor | None = None
+
+    def check(self, closely: bool) -> None:
+        """Prepare weights anew at the next call if any of them changed; ``closely`` compares values too."""
+        if self.watched.changed() or (closely and self.watched.looks_changed()):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Prepare weights anew at the next call."""
+        self.watched.renew()
+        self._forget()
+
+    def describe(self, plan: LayerPlan) -> LayerPlan:
+        """``plan``, of the block's layer, as it runs here."""
+        if self.policy is None:
+            return plan
+        path, reason = (Path.FUSED, Reason.FUSED) if self.policy.sparse else (Path.DENSE, Reason.FUSED_DENSE)
+        crossover = self.policy.crossover if self.policy.crossover.variant else None
+        seen = self.stats.density
+        return dataclasses.replace(plan, path=path, reason=reason, density=seen, occupancy=None, crossover=crossover)
+
+    # ---- one call
+
+    def __call__(self, source: Any, residual: Any, given: tuple[Any, ...]) -> Any:
+        """The result: packed spikes, or a dense tensor where the block has no neuron."""
+        state = self.memory.begin(given) if self.memory is not None else None
+        epilogue = self.epilogue(residual)
+        if self.geometry is not None:
+            result = self._on_spikes(source, epilogue, state)
+        else:
+            result = self._on_dense(source, epilogue, state)
+        if self.memory is not None:
+            self.memory.end()
+        self.last_state = state
+        return result if isinstance(result, PackedSpikes) else self._shaped(result)
+
+    def _shaped(self, sums: Tensor) -> Tensor:
+        layout = self.block.layout
+        return as_tensor(sums, layout.shape, len(layout.lead))
+
+    def epilogue(self, residual: Any) -> Epilogue:
+        """Scale, shift and residual of this call."""
+        if self._affine is None:
+            self._affine = scale_and_shift(self.layer if self.geometry is not None else None, self.norm)
+        if isinstance(residual, Tensor):
+            residual = channels_last(residual, residual.dim() - 1 - len(self.block.layout.size))
+        return Epilogue(*self._affine, residual)
+
+    def _on_spikes(self, x: PackedSpikes, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
+        assert self.policy is not None
+        nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
+        self.stats.nonzero += nonzero
+        self.stats.numel += x.numel
+        sparse = self.policy.decide(nonzero / x.numel if x.numel else 0.0)
+        self.stats.calls[Path.FUSED if sparse else Path.DENSE] += 1
+        return self.compute(x, self.policy.crossover.variant if sparse else None, epilogue, state)
+
+    def compute(
+        self, x: PackedSpikes, variant: str | None, epilogue: Epilogue, state: State | None
+    ) -> PackedSpikes | Tensor:
+        """The block on packed spikes, event-driven in a configuration or (``None``) by a dense convolution."""
+        assert self.geometry is not None
+        steps = self.block.steps
+        if variant is not None:
+            packed = self._packed.get(variant)
+            if packed is None:
+                weight = kernel_weight(self.layer, self.geometry)
+                packed = self._packed[variant] = self.ops.pack_weight(weight, self.geometry, variant)
+            return self.ops.conv(x, packed, self.geometry, variant, epilogue, self.dynamics, state, steps)
+        sums = self._dense_sums(self.ops.unpack(x))
+        return self._after(sums, epilogue, state)
+
+    def _dense_sums(self, x: Tensor) -> Tensor:
+        """``[images, pixels, channels]`` of the dense layer without its bias."""
+        layer, source = self.layer, self.block.source.packed
+        assert source is not None
+        if layer_kind(layer) == "linear":
+            flat = x.reshape(source.images, -1)
+            return F.linear(flat, layer.weight).unsqueeze(1)
+        if self._dense_weight is None:
+            self._dense_weight = _channels_last_weight(layer.weight.detach())
+        x = x.reshape(source.images, source.channels, *source.size)
+        y = _CONVOLUTIONS[x.dim() - 2](
+            x, self._dense_weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+        return channels_last(y, 1)
+
+    def _after(self, sums: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
+        if self.dynamics is None or state is None:
+            return self.ops.affine(sums, epilogue)
+        layout = self.block.layout
+        return self.ops.neuron(sums, layout.pixels, len(layout.size), epilogue, self.dynamics, state, self.block.steps)
+
+    def _on_dense(self, x: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
+        if self.layer is not None:
+            once = self._first_step(x)
+            x = self.layer(x if once is None else once)
+        elif x.stride(0) == 0 and x.shape[0] == self.block.steps:
+            x = x[:1]
+        lead = x.dim() - 1 - len(self.block.layout.size)
+        return self._after(channels_last(x, lead), epilogue, state)
+
+    def _first_step(self, x: Tensor) -> Tensor | None:
+        """The input of the first time step, if it is that of all of them (direct encoding)."""
+        steps = self.block.steps
+        if steps == 1 or x.shape[0] % steps:
+            return None
+        size = x.shape[0] // steps
+        first = x[:size]
+        if size == 1 and x.stride(0) == 0:
+            return first
+        rest = x[size:]
+        if not torch.equal(rest[:size], first):
+            return None
+        later = rest[size:].unflatten(0, (-1, size))
+        same = not later.numel() or bool((later == first).all())
+        return first if same else None
+
+    # ---- the choice
+
+    def plan(self, config: RuntimeConfig, like: PackedSpikes, residual: Any) -> None:
+        """Find the crossover of a block on packed spikes; ``like`` and ``residual`` are what it gets."""
+        if self.geometry is None:
+            return
+        variants = self.ops.variants(self.geometry, self.block.steps)
+        neuron = f"{self.dynamics.charge}/{self.dynamics.reset}" if self.dynamics else "none"
+        kind = "packed" if isinstance(residual, PackedSpikes) else "dense" if residual is not None else "none"
+        key = block_key(self.ops.name, self.geometry, self.block.steps, neuron.replace(" ", ""), kind)
+        if not variants:
+            self.policy = Policy(Crossover(key, 0.0, 0.0, 0.0, 0.0, (0.0,), (0.0,), ""))
+            return
+        epilogue, state = self.epilogue(residual), self._scratch_state(like)
+
+        def run(x: PackedSpikes, variant: str | None) -> object:
+            return self.compute(x, variant, epilogue, state)
+
+        self.policy = Policy(block_crossover(self.name, key, variants, like, run, config))
+        self._packed = {v: packed for v, packed in self._packed.items() if v == self.policy.crossover.variant}
+
+    def _scratch_state(self, like: PackedSpikes) -> State | None:
+        if self.dynamics is None or self.geometry is None:
+            return None
+        shape = (like.images // self.block.steps, self.geometry.out_pixels, self.geometry.out_channels)
+        v = torch.zeros(shape, device=like.bits.device)
+        syn = torch.zeros_like(v) if self.dynamics.synaptic else None
+        return State(v, syn, fresh=True)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _channels_last_weight(weight: Tensor) -> Tensor:
+    format = _FORMATS.get(weight.dim())
+    return weight.contiguous() if format is None else weight.contiguous(memory_format=format)

@@ -1,0 +1,262 @@
+"""The executable form of a fused graph: steps bound to modules and kernels, over numbered slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparseflow.dispatch.crossovers import RuntimeConfig
+from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Operand, Pool, Step, Unpack
+from sparseflow.kernels.blocks.buffers import BufferPool
+from sparseflow.kernels.blocks.records import BlockOps
+from sparseflow.kernels.blocks.spikes import PackedSpikes
+
+from .block import BlockRun
+
+Env = list[Any]
+Action = Callable[[Env], None]
+Observer = Callable[["BlockRun", Any, Any, Any, Any], None]
+
+
+class Program:
+    """Runs a fused graph. Slots hold the values of one call; what is read for the last time is released at once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fused: FusedGraph,
+        ops: BlockOps,
+        pool: BufferPool,
+        device: torch.device,
+        observers: list[Observer],
+    ):
+        self.fused, self.ops, self.pool, self._model = fused, ops, pool, model
+        self.modules = dict(model.named_modules())
+        self.blocks: list[BlockRun] = []
+        self.observers = observers
+        self._slots: dict[tuple[fx.Node, bool], int] = {}
+        self._inputs: list[tuple[int, str, Any]] = []
+        self._turn = 0
+        self._planning: RuntimeConfig | None = None
+        self._device = device
+        actions = [self._bound(step) for step in fused.steps]
+        released = self._last_reads()
+        self._actions = [(a, released.get(i, ())) for i, a in enumerate(actions) if a is not None]
+        self._result = len(self._slots)
+
+    # ---- running
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns for these arguments."""
+        self._turn += 1
+        for i, block in enumerate(self.blocks):
+            block.check(closely=(self._turn + i) % len(self.blocks) == 0)
+        env: Env = [None] * (len(self._slots) + 1)
+        self._fill_inputs(env, args, kwargs)
+        for action, released in self._actions:
+            action(env)
+            for slot, pooled in released:
+                if pooled:
+                    self._give_back(env[slot])
+                env[slot] = None
+        return env[self._result]
+
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: RuntimeConfig) -> None:
+        """Run once and find the crossover of every block on the way."""
+        self._planning = config
+        try:
+            self.run(args, kwargs)
+        finally:
+            self._planning = None
+
+    def refresh(self) -> None:
+        """Prepare all weights anew."""
+        for block in self.blocks:
+            block.refresh()
+
+    def _fill_inputs(self, env: Env, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for i, (slot, name, default) in enumerate(self._inputs):
+            env[slot] = args[i] if i < len(args) else kwargs.get(name, default)
+
+    def _give_back(self, value: Any) -> None:
+        if isinstance(value, PackedSpikes):
+            self.pool.give_spikes(value)
+
+    # ---- binding
+
+    def slot(self, node: fx.Node, packed: bool) -> int:
+        """Where the value of ``node`` lies, packed or dense."""
+        return self._slots.setdefault((node, packed), len(self._slots))
+
+    def _read(self, operand: Operand) -> int:
+        return self.slot(operand.node, operand.packed is not None)
+
+    def _bound(self, step: Step) -> Action | None:
+        if isinstance(step, Eager):
+            return self._bound_eager(step.out)
+        if isinstance(step, Block):
+            return self._bound_block(step)
+        if isinstance(step, Unpack):
+            return self._bound_unpack(step)
+        if isinstance(step, Pool):
+            return self._bound_pool(step)
+        assert isinstance(step, Combine)
+        return self._bound_combine(step)
+
+    def _bound_block(self, step: Block) -> Action:
+        block = BlockRun(step, self.modules, self.ops, self._device)
+        self.blocks.append(block)
+        source, out = self._read(step.source), self.slot(step.out, step.makes_packed)
+        residual = None if step.residual is None else self._read(step.residual)
+        states = tuple(self.slot(node, False) for node in step.states)
+        membrane = None if step.membrane is None else self.slot(step.membrane, False)
+
+        def act(env: Env) -> None:
+            x, added = env[source], None if residual is None else env[residual]
+            given = tuple(env[slot] for slot in states)
+            if self._planning is not None and isinstance(x, PackedSpikes):
+                block.plan(self._planning, x, added)
+            env[out] = self._observed(block, x, added, given) if self.observers else block(x, added, given)
+            if membrane is not None and block.memory is not None and block.last_state is not None:
+                env[membrane] = block.memory.membrane_sequence(block.last_state)
+
+        return act
+
+    def _observed(self, block: BlockRun, x: Any, residual: Any, given: tuple[Any, ...]) -> Any:
+        before = block.memory.peek(given) if block.memory is not None else ()
+        result = block(x, residual, given)
+        for observer in self.observers:
+            observer(block, x, residual, before, result)
+        return result
+
+    def _bound_unpack(self, step: Unpack) -> Action:
+        source, out, layout = self._read(step.source), self.slot(step.out, False), step.source.packed
+        assert layout is not None
+
+        def act(env: Env) -> None:
+            dense = self.ops.unpack(env[source])
+            shape = (layout.images, layout.channels, *layout.size)
+            images = dense.reshape(shape)
+            env[out] = images.reshape(layout.shape) if layout.flat else _with_lead(images, layout.lead)
+
+        return act
+
+    def _bound_pool(self, step: Pool) -> Action:
+        source, out, layout = self._read(step.source), self.slot(step.out, step.makes_packed), step.layout
+
+        def average(env: Env) -> None:
+            dense = self.ops.avg_pool(env[source], step.kernel, step.stride, step.padding, step.include_pad)
+            env[out] = dense.reshape(layout.shape)
+
+        def maximum(env: Env) -> None:
+            env[out] = self.ops.max_pool(env[source], step.kernel, step.stride, step.padding, step.dilation)
+
+        return average if step.average else maximum
+
+    def _bound_combine(self, step: Combine) -> Action:
+        parts, out, op = [self._read(part) for part in step.parts], self.slot(step.out, True), step.op
+
+        def act(env: Env) -> None:
+            values = tuple(env[part] for part in parts)
+            if op == "concat":
+                env[out] = self.ops.concat(values)
+            elif op == "add":
+                env[out] = self.ops.add(values[0], values[1])
+            else:
+                env[out] = self.ops.logical(values[0], values[1], op)
+
+        return act
+
+    def _bound_eager(self, node: fx.Node) -> Action | None:
+        out = self.slot(node, False)
+        if node.op == "placeholder":
+            default = node.args[0] if node.args else None
+            self._inputs.append((out, str(node.target), default))
+            return None
+        if node.op == "get_attr":
+            return self._bound_attribute(str(node.target), out)
+        arguments = _Arguments(node, self)
+        if node.op == "output":
+            return _output(arguments)
+        return _call(node, arguments, self.modules, out)
+
+    def _bound_attribute(self, target: str, out: int) -> Action:
+        """A parameter or buffer as the model holds it now; a constant of the trace lies in the graph."""
+        find = operator.attrgetter(target)
+        root: Any = self.fused.graph if target.startswith("_tensor_constant") else self._model
+
+        def act(env: Env) -> None:
+            env[out] = find(root)
+
+        return act
+
+    # ---- when values are done with
+
+    def _last_reads(self) -> dict[int, tuple[tuple[int, bool], ...]]:
+        """By step: the slots read there for the last time, and whether their buffers can be used again."""
+        last: dict[int, int] = {}
+        for i, step in enumerate(self.fused.steps):
+            for operand in step.operands:
+                last[self._read(operand)] = i
+            last.setdefault(self.slot(step.out, step.makes_packed), i)
+        packed = {self.slot(step.out, True) for step in self.fused.steps if step.makes_packed}
+        found: dict[int, tuple[tuple[int, bool], ...]] = {}
+        for slot, i in last.items():
+            found[i] = (*found.get(i, ()), (slot, slot in packed))
+        return found
+
+
+def _with_lead(images: Tensor, lead: tuple[int, ...]) -> Tensor:
+    return images.unflatten(0, lead) if len(lead) > 1 else images
+
+
+@dataclasses.dataclass
+class _Arguments:
+    """The arguments of a node, read from slots at every call."""
+
+    node: fx.Node
+    program: dataclasses.InitVar[Program]
+
+    def __post_init__(self, program: Program) -> None:
+        self._slots = {n: program.slot(n, False) for n in self.node.all_input_nodes}
+        plain = all(isinstance(arg, (fx.Node, int, float, str, type(None))) for arg in self.node.args)
+        self._plain = plain and not any(isinstance(v, fx.Node) for v in self.node.kwargs.values())
+
+    def positional(self, env: Env) -> tuple[Any, ...]:
+        """Positional arguments with nodes replaced by their values."""
+        if self._plain:
+            return tuple(env[self._slots[arg]] if isinstance(arg, fx.Node) else arg for arg in self.node.args)
+        return fx.node.map_arg(self.node.args, lambda n: env[self._slots[n]])  # type: ignore[return-value]
+
+    def named(self, env: Env) -> dict[str, Any]:
+        """Keyword arguments with nodes replaced by their values."""
+        return fx.node.map_arg(self.node.kwargs, lambda n: env[self._slots[n]]) if self.node.kwargs else {}  # type: ignore[return-value]
+
+
+def _output(arguments: _Arguments) -> Action:
+    def act(env: Env) -> None:
+        env[-1] = arguments.positional(env)[0]
+
+    return act
+
+
+def _call(node: fx.Node, arguments: _Arguments, modules: dict[str, nn.Module], out: int) -> Action:
+    if node.op == "call_method":
+        name = str(node.target)
+
+        def method(env: Env) -> None:
+            owner, *rest = arguments.positional(env)
+            env[out] = getattr(owner, name)(*rest, **arguments.named(env))
+
+        return method
+    target: Any = modules[str(node.target)] if node.op == "call_module" else node.target
+
+    def call(env: Env) -> None:
+        env[out] = target(*arguments.positional(env), **arguments.named(env))
+
+    return call

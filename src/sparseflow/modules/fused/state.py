@@ -1,0 +1,116 @@
+"""The memory of neurons between a fused plan and the attributes where frameworks, monitors and users look for it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseflow.frameworks import neuron_spec
+from sparseflow.graph.steps import Block
+from sparseflow.kernels.blocks.records import State
+from sparseflow.kernels.blocks.spikes import as_tensor, channels_last
+from sparseflow.neuron import Reset
+
+
+class _Slot:
+    """One state: its memory ``[N, pixels, channels]`` and the view ``[*lead, channels, *size]`` that the neuron holds.
+
+    The memory is written in place from call to call unless somebody else has got hold of it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], lead: int, device: torch.device):
+        self.shape, self._lead = shape, lead
+        self._allocate(device)
+
+    def _allocate(self, device: torch.device) -> None:
+        images, pixels = math.prod(self.shape[: self._lead]), math.prod(self.shape[self._lead + 1 :])
+        self.memory = torch.empty(images, pixels, self.shape[self._lead], device=device)
+        self.view = as_tensor(self.memory, self.shape, self._lead)
+
+    def secure(self, held: bool, device: torch.device) -> None:
+        """Get new memory unless only this slot, and the neuron where ``held``, refers to what there is."""
+        references = sys.getrefcount(self.view) - 2  # this slot's and that of the question
+        storages = torch._C._storage_Use_Count(self.memory.untyped_storage()._cdata) - 3  # memory, view, question
+        usable = self.memory.device == device and self.memory.is_inference() == torch.is_inference_mode_enabled()
+        if references > held or storages > 0 or not usable:
+            self._allocate(device)
+
+    def load(self, value: Any) -> bool:
+        """Take over ``value``; false where it is no state of this shape, so that the neuron starts afresh."""
+        if not isinstance(value, Tensor) or value.shape != self.shape:
+            return False
+        if value is not self.view:
+            self.memory.copy_(channels_last(value.to(torch.float32), self._lead))
+        return True
+
+
+class NeuronMemory:
+    """Reads the state of one neuron before a block runs, and writes it back behind."""
+
+    def __init__(self, module: nn.Module, block: Block, device: torch.device):
+        spec = neuron_spec(module)
+        assert spec is not None
+        layout = block.layout
+        self.module, self.names, self.device = module, spec.states, device
+        self.restart = spec.reset_value if spec.reset is Reset.HARD else 0.0
+        self._steps, self._lead = block.steps, len(layout.lead) - 1
+        self.shape = (*layout.lead[1:], layout.channels, *layout.size)
+        self._slots = [_Slot(self.shape, self._lead, device) for _ in spec.states]
+        self._wants_sequence = block.membrane is not None
+
+    def begin(self, given: tuple[Any, ...]) -> State:
+        """The state that the neuron starts from: ``given`` by the graph, or what its attributes hold."""
+        for name, slot in zip(self.names, self._slots, strict=True):
+            held = self._read(name) is slot.view
+            if held and given:  # the given state replaces it; it may be the very same tensor
+                self._write(name, None)
+            slot.secure(held and not given, self.device)
+        # States are passed and returned with the membrane last; the record has it first.
+        values = [given[-1], *given[:-1]] if given else [self._read(name) for name in self.names]
+        known = [slot.load(value) for slot, value in zip(self._slots, values, strict=True)]
+        start = values[0] if isinstance(values[0], float) else self.restart
+        if any(known):
+            self._fill_in(known, start)
+        v, *syn = (slot.memory for slot in self._slots)
+        sequence = v.new_empty(self._steps, *v.shape) if self._wants_sequence else None
+        return State(v, syn[0] if syn else None, not any(known), float(start), sequence)
+
+    def peek(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Copies of what :meth:`begin` would start from, in the order of the record."""
+        values = [given[-1], *given[:-1]] if given else [self._read(name) for name in self.names]
+        return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+
+    def end(self) -> None:
+        """Leave the last state in the neuron's attributes."""
+        for name, slot in zip(self.names, self._slots, strict=True):
+            self._write(name, slot.view)
+
+    def membrane_sequence(self, state: State) -> Tensor:
+        """The membrane of every step as the graph knows it: ``[T, *lead, channels, *size]``."""
+        assert state.v_seq is not None
+        return as_tensor(state.v_seq.flatten(0, 1), (self._steps, *self.shape), self._lead + 1)
+
+    def _fill_in(self, known: list[bool], start: float) -> None:
+        """Where one of two states was there, the other starts afresh by itself."""
+        for i, slot in enumerate(self._slots):
+            if not known[i]:
+                slot.memory.fill_(start if i == 0 else 0.0)
+
+    def _read(self, name: str) -> Any:
+        memories = self.module.__dict__.get("_memories")
+        if memories is not None and name in memories:
+            return memories[name]
+        return getattr(self.module, name, None)
+
+    def _write(self, name: str, value: Tensor | None) -> None:
+        memories = self.module.__dict__.get("_memories")
+        if memories is not None and name in memories:
+            memories[name] = value
+        elif name in self.module._buffers:
+            self.module._buffers[name] = value
+        else:
+            setattr(self.module, name, value)
