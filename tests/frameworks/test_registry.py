@@ -171,9 +171,7 @@ class TestSnnTorch:
         assert emitted(self.snn.Leaky(beta=0.9, learn_graded_spikes_factor=True)) is Provenance.SPARSE
         assert emitted(self.snn.SLSTM(2, 2)) is Provenance.BINARY
 
-    def test_only_plain_leaky_is_described(self):
-        assert neuron_spec(self.snn.Leaky(beta=0.9)).described
-        assert not neuron_spec(self.snn.Leaky(beta=0.9, reset_delay=False)).described
+    def test_a_quantised_neuron_still_fires(self):
         quantised = self.snn.Leaky(beta=0.9, state_quant=lambda mem: mem.round())
         assert not neuron_spec(quantised).described
         assert neuron_spec(quantised).emits is Provenance.BINARY

@@ -5,6 +5,7 @@ Neither framework is imported from here: a module of theirs can only exist once 
 
 from sparseflow.frameworks.registry import (
     emitted,
+    fingerprint,
     is_container,
     is_time_leaf,
     is_unknown_neuron,
@@ -12,10 +13,12 @@ from sparseflow.frameworks.registry import (
     register_neuron,
     state_methods,
     state_tensors,
+    steps_over_time,
+    stores_sequence,
     unregister_neuron,
 )
-from sparseflow.frameworks.spec import Charge, NeuronSpec, Reset, ResetTiming
 from sparseflow.frameworks.state import StateSnapshot, restore_state, snapshot_state
+from sparseflow.neuron import Charge, NeuronSpec, Reset, ResetTiming
 
 __all__ = [
     "Charge",
@@ -24,6 +27,7 @@ __all__ = [
     "ResetTiming",
     "StateSnapshot",
     "emitted",
+    "fingerprint",
     "is_container",
     "is_time_leaf",
     "is_unknown_neuron",
@@ -33,5 +37,7 @@ __all__ = [
     "snapshot_state",
     "state_methods",
     "state_tensors",
+    "steps_over_time",
+    "stores_sequence",
     "unregister_neuron",
 ]

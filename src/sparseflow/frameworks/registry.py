@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from sparseflow.frameworks import snntorch, spikingjelly
-from sparseflow.frameworks.spec import NeuronSpec
+from sparseflow.neuron import NeuronSpec
 from sparseflow.plan import Provenance
 
+_COMPARABLE = frozenset({bool, int, float, str, type(None), type, types.FunctionType, types.MethodType})
 _registered: dict[type[nn.Module], NeuronSpec] = {}
+_watched: dict[type[nn.Module], Callable[[dict[str, Any]], tuple[Any, ...]]] = {}  # by class, for fingerprint()
 
 
 def register_neuron(cls: type[nn.Module], spec: NeuronSpec | None = None, *, overwrite: bool = False) -> None:
@@ -55,11 +62,64 @@ def unregister_neuron(cls: type[nn.Module]) -> None:
 def neuron_spec(module: nn.Module) -> NeuronSpec | None:
     """The record of ``module`` if it is a neuron known to emit spikes, else ``None``.
 
-    Exact types only. A SpikingJelly surrogate with ``spiking=False``, the ``NonSpiking`` nodes and LIAF have none.
+    Exact types only. A SpikingJelly surrogate with ``spiking=False``, the ``NonSpiking`` nodes and LIAF have none. A
+    neuron one of whose methods is replaced on the instance is opaque.
     """
     if type(module) in _registered:
-        return _registered[type(module)]
-    return spikingjelly.neuron_spec(module) or snntorch.neuron_spec(module)
+        spec = _registered[type(module)]
+    else:
+        spec = spikingjelly.neuron_spec(module) or snntorch.neuron_spec(module)
+    if spec is not None and spec.described and _has_own_methods(module):
+        return dataclasses.replace(spec, charge=None)
+    return spec
+
+
+def _has_own_methods(module: nn.Module) -> bool:
+    return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
+
+
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """What has to stay as it is for a plan made from ``neuron_spec(module)`` to hold; compare with ``==``.
+
+    Numbers and switches by value; functions and tensors by identity, tensors also by their memory and the number of
+    writes into them (``tensor.data.add_()`` is not counted by torch and not seen). Takes 1 to 3 us for a described
+    neuron, reads no tensor, and holds on to the tensors.
+
+    >>> neuron = nn.ReLU()
+    >>> fingerprint(neuron) == fingerprint(neuron)
+    True
+    """
+    kind = type(module)
+    attributes = module.__dict__
+    if kind in _registered:
+        spec = _registered[kind]
+        values: tuple[Any, ...] = (spec.threshold, spec.decay, *spec.input_gains, spec.synapse_decay)
+    else:
+        spec = None
+        watched = _watched.get(kind)
+        if watched is None:
+            watched = _watched[kind] = spikingjelly.watched(kind) or snntorch.watched(kind) or _unwatched
+        values = watched(attributes)
+    # A bound method is equal to another of the very same object; tensors would compare their elements.
+    try:
+        tokens = [v if type(v) in _COMPARABLE else (v.data_ptr, v.data_ptr(), v._version) for v in values]
+    except (AttributeError, RuntimeError):
+        tokens = [v if type(v) in _COMPARABLE else _token(v) for v in values]
+    return kind, spec, "forward" in attributes, *tokens
+
+
+def _unwatched(_: dict[str, Any]) -> tuple[()]:
+    return ()
+
+
+def _token(value: Any) -> Any:
+    """Something that is equal as long as ``value`` is the same, and can be compared whatever it is."""
+    if not isinstance(value, torch.Tensor):
+        return value if callable(value) else (type(value), id(value))
+    try:
+        return value.data_ptr, value.data_ptr(), value._version
+    except RuntimeError:  # made in inference mode, which counts no writes, or without memory (functional transforms)
+        return value.data_ptr, None, -1
 
 
 def emitted(module: nn.Module) -> Provenance | None:
@@ -98,6 +158,16 @@ def is_time_leaf(module: nn.Module) -> bool:
     return spikingjelly.is_step_module(module) and next(module.children(), None) is None
 
 
+def steps_over_time(module: nn.Module) -> bool:
+    """Whether one call of a neuron takes a whole sequence ``[T, N, *]``; false for the users' own neurons."""
+    return spikingjelly.steps_over_time(module) or snntorch.steps_over_time(module)
+
+
+def stores_sequence(module: nn.Module) -> bool:
+    """Whether a neuron keeps the membrane of every time step, as SpikingJelly's do with ``store_v_seq=True``."""
+    return spikingjelly.stores_sequence(module)
+
+
 def state_methods(module: nn.Module) -> tuple[str, ...]:
     """Names of the methods by which a forward may change the memory of ``module``."""
     names: tuple[str, ...] = ()
@@ -114,3 +184,23 @@ def state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     names = spec.states if spec is not None else tuple(module.__dict__.get("_memories", ()))
     values = {name: getattr(module, name, None) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def reset_state(module: nn.Module) -> None:
+    """Put the memory of one neuron back to what it was before the first step; other modules are left alone.
+
+    Raises:
+        TypeError: a registered neuron keeps state and has no ``reset()``.
+    """
+    if snntorch.is_spiking_neuron(module):
+        reset: object = getattr(module, "reset_mem", None)
+    elif spikingjelly.is_memory_module(module):
+        reset = getattr(module, "reset", None)
+    elif type(module) in _registered:
+        reset = getattr(module, "reset", None)
+        if not callable(reset) and _registered[type(module)].states:
+            raise TypeError(f"{type(module).__name__} keeps state and has no reset(); add one that clears it")
+    else:
+        return
+    if callable(reset):
+        reset()

@@ -7,13 +7,15 @@ from ``LIFNode``.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
-from sparseflow.frameworks.spec import Charge, NeuronSpec, Reset, tensor_names
+from sparseflow.neuron import Charge, NeuronSpec, Reset, tensor_names
 from sparseflow.plan import Provenance
 
 _ROOT = "spikingjelly.activation_based"
@@ -59,6 +61,31 @@ _OPAQUE_GRADED = frozenset(
     }
 )
 _PACKAGES = {"save_v_LIFNode": "model.spike_dhs"}
+# Surrogates whose forward is ``(x >= 0).to(x)``. PoissonPass draws spikes, MultiLevelSpikeCount counts them, and what a
+# user's own does is not known.
+_HEAVISIDE = frozenset(
+    {
+        "ATan",
+        "DeterministicPass",
+        "Erf",
+        "FakeNumericalGradient",
+        "LeakyKReLU",
+        "LogTailedReLU",
+        "NonzeroSignLogAbs",
+        "PiecewiseExp",
+        "PiecewiseLeakyReLU",
+        "PiecewiseQuadratic",
+        "QPseudoSpike",
+        "Rect",
+        "S2NN",
+        "Sigmoid",
+        "SoftSign",
+        "SquarewaveFourierSeries",
+        "SuperSpike",
+    }
+)
+# What decides the update of a described neuron, beside its surrogate and the parameter of ParametricLIFNode.
+_SWITCHES = ("v_threshold", "v_reset", "tau", "decay_input", "_step_mode", "_store_v_seq", "_neuron_precision")
 _ENCODERS = ("PoissonEncoder", "LatencyEncoder", "PeriodicEncoder", "WeightedPhaseEncoder")
 _CONTAINERS = (
     "MultiStepContainer",
@@ -80,7 +107,9 @@ def neuron_spec(module: nn.Module) -> NeuronSpec | None:
     if not _is(module, _PACKAGES.get(name, "neuron"), name) or not _emits_spikes(module):
         return None
     if name in _DESCRIBED:
-        return _DESCRIBED[name](module)
+        counts = type(module.surrogate_function).__name__ == "MultiLevelSpikeCount"
+        opaque = NeuronSpec(emits=Provenance.INTEGER if counts else Provenance.BINARY, states=_memories(module))
+        return _DESCRIBED[name](module) if _is_textbook(module) else opaque
     if name == "ILIFNode":
         return NeuronSpec(emits=Provenance.INTEGER, states=("v",))
     if name in _OPAQUE_GRADED:
@@ -88,6 +117,31 @@ def neuron_spec(module: nn.Module) -> NeuronSpec | None:
     if name in _OPAQUE_BINARY:
         return NeuronSpec(states=_memories(module))
     return None
+
+
+def watched(kind: type[nn.Module]) -> Callable[[dict[str, Any]], tuple[Any, ...]] | None:
+    """What reads, from a module's attributes, all that the update of a neuron of a described class depends on."""
+    known = kind.__name__ in _DESCRIBED and kind is getattr(sys.modules.get(f"{_ROOT}.neuron"), kind.__name__, None)
+    return _switches if known else None
+
+
+def _switches(attributes: dict[str, Any]) -> tuple[Any, ...]:
+    surrogate = attributes["_modules"].get("surrogate_function")
+    spiking = None if surrogate is None else surrogate.__dict__.get("spiking")
+    return (*map(attributes.get, _SWITCHES), type(surrogate), spiking, attributes["_parameters"].get("w"))
+
+
+def steps_over_time(module: nn.Module) -> bool:
+    """Whether one call takes a whole sequence ``[T, N, *]``: ``step_mode='m'``."""
+    if not is_step_module(module):
+        return False
+    mode = getattr(module, "step_mode", None)  # PSN and the like know no other and do not say so
+    return mode == "m" or (mode is None and "s" not in cast(Any, module).supported_step_mode())
+
+
+def stores_sequence(module: nn.Module) -> bool:
+    """Whether the neuron keeps the membrane of every time step in ``v_seq``."""
+    return is_memory_module(module) and bool(getattr(module, "store_v_seq", False))
 
 
 def encodes_spikes(module: nn.Module) -> bool:
@@ -129,6 +183,19 @@ def _emits_spikes(module: nn.Module) -> bool:
 
 def _memories(module: nn.Module) -> tuple[str, ...]:
     return tuple(module.__dict__.get("_memories", ()))
+
+
+def _is_textbook(module: Any) -> bool:
+    """Whether the neuron fires at the threshold and computes in float32, with plain numbers as its constants."""
+    surrogate = type(module.surrogate_function)
+    fires = surrogate.__name__ in _HEAVISIDE and surrogate.__module__ == f"{_ROOT}.surrogate"
+    constants = [module.v_threshold, getattr(module, "tau", 1.0), 0.0 if module.v_reset is None else module.v_reset]
+    numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in constants)
+    return fires and numbers and module._neuron_precision is None and _weight_dtype(module) is torch.float32
+
+
+def _weight_dtype(module: Any) -> torch.dtype:
+    return module.w.dtype if "w" in module._parameters else torch.float32
 
 
 def _reset(module: Any) -> dict[str, Any]:
