@@ -1,4 +1,7 @@
-"""Whole SpikingJelly and snnTorch networks, every spike-fed layer on the sparse path, against themselves dense."""
+"""Whole SpikingJelly and snnTorch networks, every spike-fed layer on the sparse path, against themselves dense.
+
+Layer by layer: fused blocks have tests of their own (modules/fused).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def teacher_forced(model, call) -> int:
 @pytest.mark.parametrize(("family", "step_mode"), CASES)
 def test_spikingjelly_families(family, step_mode):
     model, x = build(family, step_mode)
-    sparseflow.accelerate(model, x, mode="sparse")
+    sparseflow.accelerate(model, x, mode="sparse", fuse=False)
     report = sparseflow.report(model)
     assert report.method == "fx"
     assert report.accelerated >= 1
@@ -68,7 +71,7 @@ def test_densities_of_the_report_are_those_of_the_tensors():
             module.register_forward_pre_hook(
                 lambda m, args, name=name: seen.update({name: float((args[0] != 0).float().mean())})
             )
-    sparseflow.accelerate(model, x, mode="sparse")
+    sparseflow.accelerate(model, x, mode="sparse", fuse=False)
     with torch.no_grad():
         model(x)
     layers = {layer.name: layer for layer in sparseflow.report(model).layers if layer.path != "dense"}
@@ -155,7 +158,7 @@ def test_snntorch_explicit_loops(name):
     twin = copy.deepcopy(model)  # snnTorch's own reset forgets the recurrent spikes
     with torch.no_grad():
         expected = [twin(x), twin(x)]  # the second call starts from the first one's membranes
-    sparseflow.accelerate(model, x, mode="sparse")
+    sparseflow.accelerate(model, x, mode="sparse", fuse=False)
     assert {"fc1", "fc2"} <= set(runtimes(model))
     assert "conv" not in runtimes(model)
     with torch.no_grad():

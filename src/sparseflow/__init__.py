@@ -21,6 +21,7 @@ from .frameworks import register_neuron
 from .neuron import NeuronSpec
 from .observe import profile, verify
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
+from .stepping import run
 from .version import __version__
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "register_neuron",
     "report",
     "restore",
+    "run",
     "verify",
 ]

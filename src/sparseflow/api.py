@@ -22,6 +22,7 @@ from .modules.fused.model import fused_blocks, fusion_of, own_forward
 from .modules.swap import runtime_of, runtimes
 from .plan import Plan
 from .report import LayerReport, Report
+from .stepping import forget, stepping_notes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -142,6 +143,7 @@ def restore(model: Model) -> Model:
     """
     _cancel_pending(model)
     raise_layers(model)
+    forget(model)
     return model
 
 
@@ -226,7 +228,7 @@ def report(model: nn.Module) -> Report:
         calls.setdefault(name, {}).update(block.stats.paths())
     layers = tuple(LayerReport.from_plan(layer, calls.get(layer.name, {})) for layer in plan.layers)
     notes = (f"fx could not trace the model: {plan.fallback_detail}",) if plan.fallback_detail else ()
-    notes += _fusion_notes(model)
+    notes += _fusion_notes(model) + stepping_notes(model)
     return Report(type(model).__name__, plan.backend, plan.method, layers, dict(fingerprint()), notes)
 
 

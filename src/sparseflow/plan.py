@@ -63,6 +63,7 @@ class Reason(enum.StrEnum):
     NO_BLOCKS = "no neuron can be fused"
     FUSED_LOSES = "the fused plan was measured slower than the layers on their own"
     GRADIENTS = "gradients are recorded; fused blocks run under torch.no_grad()"
+    GLOBAL_HOOKS = "a hook on all modules of the process wants to see every call"
     AUTOCAST = "autocast is on; fused blocks are float32"
     FUSED_DENSE = "dense measured faster at the observed density; its neuron is fused"
 

@@ -21,6 +21,7 @@ from .nets import SPIKE_FED, Fire, conv_net, dense_and_sparse, images
 
 def accelerated(model=None, x=None, **options):
     options = {"backend": "triton", "mode": "sparse"} | options
+    options = {"fuse": False, **options}  # layer by layer; fused blocks have tests of their own
     return sparseflow.accelerate((model or conv_net(16)).eval(), images(1) if x is None else x, **options)
 
 

@@ -22,12 +22,11 @@ from sparseflow.graph.pooling import Window, window_of
 from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Layout, Operand, Pool, Step, Unpack
 from sparseflow.graph.timeops import neuron_sequence
 from sparseflow.graph.values import (
-    IN_PLACE,
+    ExampleValues,
     complement_of,
     concatenated,
     foldable_norm,
     is_addition,
-    is_in_place,
     product_of,
 )
 from sparseflow.neuron import NeuronSpec
@@ -43,7 +42,7 @@ _IDENTITIES = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, 
 def fuse(
     model: nn.Module,
     graph: fx.GraphModule,
-    values: dict[fx.Node, torch.Tensor],
+    example: ExampleValues,
     excluded: Collection[str] = (),
     whole: Collection[str] = (),
 ) -> FusedGraph:
@@ -52,12 +51,13 @@ def fuse(
     Args:
         model: whose modules the graph calls.
         graph: a traced, and where its forward loops over time a re-rolled, graph.
-        values: shape and dtype of every tensor on the example (:func:`~sparseflow.graph.values.example_values`).
+        example: what the nodes do on the example (:func:`~sparseflow.graph.values.example_values`).
         excluded: layers that may not become part of a block.
         whole: modules that must be called as they are, because somebody has hooked them.
     """
-    fuser = _Fuser(model, graph, values, excluded, whole)
-    return FusedGraph(graph, fuser.steps(), fuser.refusals)
+    fuser = _Fuser(model, graph, example, excluded, whole)
+    contiguous = frozenset(node for node, tensor in example.tensors.items() if tensor.is_contiguous())
+    return FusedGraph(graph, fuser.steps(), fuser.refusals, contiguous, bool(example.written))
 
 
 class _Fuser:
@@ -65,15 +65,15 @@ class _Fuser:
         self,
         model: nn.Module,
         graph: fx.GraphModule,
-        values: dict[fx.Node, torch.Tensor],
+        example: ExampleValues,
         excluded: Collection[str],
         whole: Collection[str],
     ) -> None:
-        self.values, self.excluded, self.whole = values, excluded, whole
+        self.values, self.excluded, self.whole = example.tensors, excluded, whole
+        self.writers, self.written = example.writers, example.written
         self.modules = dict(model.named_modules())
         self.refusals: dict[str, str] = {}
         self.nodes: list[fx.Node] = list(graph.graph.nodes)
-        self.written: set[Any] = set(n.args[0] for n in self.nodes if self._writes(n))  # noqa: C401
         self.packed: dict[fx.Node, Operand] = {}
         for node in self.nodes:
             self._find_packed(node)
@@ -84,15 +84,9 @@ class _Fuser:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that ``node`` calls."""
-        name = str(node.target) if node.op == "call_module" else ""
-        return None if name in self.whole else self.modules.get(name)
-
-    def _writes(self, node: fx.Node) -> bool:
-        """Whether a write into the first argument can be seen by anybody but ``node`` itself."""
-        if not node.args or not isinstance(node.args[0], fx.Node) or not is_in_place(node, self.module(node)):
-            return False
-        target = node.args[0]
-        return len(target.users) > 1 or target.op in ("placeholder", "get_attr") or self._is_view(target)
+        if node.op != "call_module" or node.target in self.whole:
+            return None
+        return self.modules.get(str(node.target))
 
     def _is_view(self, node: fx.Node) -> bool:
         if node.op == "call_method":
@@ -100,21 +94,28 @@ class _Fuser:
         if node.op == "call_function":
             return node.target in _VIEW_FUNCTIONS
         module = self.module(node)
-        return isinstance(module, _IDENTITIES) or (module is not None and spikingjelly.is_layer(module, _DROPOUTS))
+        if module is None or "forward" in module.__dict__:
+            return False
+        return isinstance(module, _IDENTITIES) or spikingjelly.is_layer(module, _DROPOUTS)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of the tensor that ``node`` makes on the example."""
         return tuple(self.values[node].shape)
 
     def neuron_name(self, node: fx.Node) -> str | None:
-        """Qualified name of the neuron that runs over all time steps in ``node``."""
+        """Qualified name of the neuron that ``node`` calls, for all time steps or for one."""
         module = self.module(node)
-        if module is not None and steps_over_time(module) and (neuron_spec(module) or is_unknown_neuron(module)):
+        if module is not None and (neuron_spec(module) or is_unknown_neuron(module)):
             return str(node.target)
         if node.op == "call_function" and node.target is neuron_sequence:
             owner = node.args[0]
             return str(owner.target) if isinstance(owner, fx.Node) and owner.op == "get_attr" else None
         return None
+
+    def over_time(self, node: fx.Node) -> bool:
+        """Whether a neuron node takes all time steps at once."""
+        module = self.module(node)
+        return module is None or steps_over_time(module)
 
     def neuron_input(self, node: fx.Node) -> fx.Node:
         """The current that a neuron node integrates."""
@@ -129,7 +130,7 @@ class _Fuser:
         if layout is not None:
             self.packed[node] = Operand(node, layout)
             return
-        for rule in (self._output_of_sequence, self._viewed, self._pooled, self._combined):
+        for rule in (self._spikes_of_tuple, self._viewed, self._pooled, self._combined):
             found = rule(node)
             if found is not None:
                 self.packed[node] = found
@@ -158,22 +159,27 @@ class _Fuser:
         source = self.neuron_input(node)
         if source not in self.values or self.values[source].dtype is not torch.float32:
             return "its input is not float32"
-        if self.values[source].dim() < 2 or node.kwargs or (node.op == "call_module" and len(node.args) != 1):
-            return "it is called with more than its input"
+        if node.kwargs or len(self._states(node)) not in (0, len(spec.states)):
+            return "it is called with more than its input and its states"
         if self._layout_of(node, spec) is None:
-            return "its constants do not belong to channels"
-        if node.op == "call_function" and not self._sequence_is_known(node, spec):
+            return "its input has too few dimensions, or its constants do not belong to channels"
+        if not self._outputs_are_known(node, spec):
             return "the graph reads a state of it that a fused block does not keep for every step"
         return ""
 
-    def _sequence_is_known(self, node: fx.Node, spec: NeuronSpec) -> bool:
-        """Whether only spikes and membrane are read of the outputs over time, and states are passed plainly."""
-        if len(node.args) - 2 not in (0, len(spec.states)):
+    def _states(self, node: fx.Node) -> tuple[Any, ...]:
+        """The states that are passed to a neuron node."""
+        return tuple(node.args[2 if node.op == "call_function" else 1 :])
+
+    def _outputs_are_known(self, node: fx.Node, spec: NeuronSpec) -> bool:
+        """Whether only spikes and membrane are read of the outputs, and states are passed plainly."""
+        if any(not isinstance(state, fx.Node) for state in self._states(node)):
             return False
-        return node in self.values or all(self._output(user, spec) is not None for user in node.users)
+        outputs = [self._output(user, spec) for user in node.users]
+        return node in self.values or (None not in outputs and outputs.count("membrane") <= 1)
 
     def _output(self, user: fx.Node, spec: NeuronSpec) -> str | None:
-        """``"spikes"`` or ``"membrane"``: what a getitem of a neuron's outputs over time reads; ``None``: neither.
+        """``"spikes"`` or ``"membrane"``: what a getitem of a neuron's outputs reads; ``None``: neither.
 
         snnTorch returns ``(spk, *states)`` with the membrane last.
         """
@@ -187,7 +193,8 @@ class _Fuser:
     def _layout_of(self, node: fx.Node, spec: NeuronSpec) -> Layout | None:
         shape = self.shape(self.neuron_input(node))
         layer = self._layer_behind(self.neuron_input(node))
-        rank = self._spatial_rank(layer) if layer is not None else max(0, len(shape) - 3)
+        leading = 2 if self.over_time(node) else 1
+        rank = self._spatial_rank(layer) if layer is not None else max(0, len(shape) - 1 - leading)
         lead = len(shape) - 1 - rank
         if lead < 1 or rank > 3:
             return None
@@ -215,11 +222,12 @@ class _Fuser:
             node = sources[0]
         return None
 
-    def _output_of_sequence(self, node: fx.Node) -> Operand | None:
+    def _spikes_of_tuple(self, node: fx.Node) -> Operand | None:
+        """The spikes among a neuron's outputs."""
         if node.op != "call_function" or node.target is not operator.getitem:
             return None
         source = node.args[0]
-        if not isinstance(source, fx.Node) or source.target is not neuron_sequence or source not in self.packed:
+        if not isinstance(source, fx.Node) or source not in self.packed or source in self.values:
             return None
         spec = neuron_spec(self.modules[self.neuron_name(source) or ""])
         assert spec is not None
@@ -231,6 +239,8 @@ class _Fuser:
         if not self._is_view(node) or node not in self.values or not node.args or node.args[0] not in self.packed:
             return None
         if getattr(module, "p", 0) and getattr(module, "training", False):
+            return None
+        if self.values[node].dtype is not torch.float32:  # x.view(torch.int32) has the shape of x
             return None
         source = self.packed[node.args[0]]  # type: ignore[index]
         layout = reshaped(source.packed, self.shape(node)) if source.packed else None
@@ -305,12 +315,12 @@ class _Fuser:
             if self.neuron_name(node) is not None and node in self.packed:
                 self._claim_neuron(node)
         for node in self.nodes:
-            if node not in self.claimed and self._reads_packed(node):
+            if node not in self.claimed and node not in self.written and self._reads_packed(node):
                 self._claim_layer(node)
         for node in self.nodes:
             if node not in self.claimed and node not in self.made:
                 self._claim_other(node)
-        return _needed(_in_order(self.nodes, self.made, self.packed))
+        return _needed(_in_order(self.nodes, self.made, self.packed), self.writers)
 
     def _claim_neuron(self, node: fx.Node) -> None:
         name = self.neuron_name(node)
@@ -332,13 +342,14 @@ class _Fuser:
                 chain.norm,
                 chain.residual,
                 name,
-                tuple(n for n in node.args[2:] if isinstance(n, fx.Node)) if node.op == "call_function" else (),
+                self._states(node),
                 self._membrane_of(node, name),
+                self.over_time(node),
             )
         )
 
     def _membrane_of(self, node: fx.Node, name: str) -> fx.Node | None:
-        if node.op != "call_function" or node in self.values:
+        if node in self.values:
             return None
         spec = neuron_spec(self.modules[name])
         assert spec is not None
@@ -374,7 +385,7 @@ class _Fuser:
         layout = Layout(shape[:lead], shape[lead], shape[lead + 1 :])
         nodes, norm, residual = [node], None, None
         user = _only_user(node)
-        if user is not None and user not in self.claimed and self._is_norm(user):
+        if user is not None and user not in self.claimed and self._is_norm(user, layout):
             norm = str(user.target)
             nodes.append(user)
             user = _only_user(user)
@@ -390,8 +401,15 @@ class _Fuser:
     def _comes_before(self, other: fx.Node, user: fx.Node) -> bool:
         return other in self.values and self.shape(other) == self.shape(user)
 
-    def _is_norm(self, node: fx.Node) -> bool:
-        return foldable_norm(self.module(node)) and len(node.args) == 1 and not node.kwargs
+    def _is_norm(self, node: fx.Node, layout: Layout) -> bool:
+        """Whether ``node`` is a batch norm of what ``layout`` has as its channels."""
+        module = self.module(node)
+        if not foldable_norm(module) or len(node.args) != 1 or node.kwargs or node not in self.values:
+            return False
+        channels = 2 if getattr(module, "step_mode", "s") == "m" else 1
+        return (
+            len(self.shape(node)) - channels == 1 + len(layout.size) and self.shape(node)[channels] == layout.channels
+        )
 
     def _residual(self, node: fx.Node, layout: Layout) -> Operand | None:
         """How a block of ``layout`` reads what is added to its sums."""
@@ -435,6 +453,8 @@ class _Fuser:
     def _keep(self, step: Step) -> None:
         self.made[step.out] = step
         self.claimed.update(step.nodes)
+        if isinstance(step, Block) and step.membrane is not None:
+            self.claimed.add(step.membrane)
 
 
 class _Chain:
@@ -470,7 +490,7 @@ class _Chain:
 
     def take_norm(self, node: fx.Node) -> fx.Node:
         """Claim a batch norm whose result nobody else reads."""
-        if not (self._mine(node) and self._fuser._is_norm(node)):
+        if not (self._mine(node) and self._fuser._is_norm(node, self._layout)):
             return node
         self.norm = str(node.target)
         self.nodes = (node, *self.nodes)
@@ -478,7 +498,7 @@ class _Chain:
 
     def take_layer(self, node: fx.Node) -> fx.Node:
         """Claim the layer: on packed spikes it is part of the kernel, on a dense tensor it runs in front of it."""
-        if self._mine(node) and (self._fuser._reads_packed(node) or self._fuser._reads_dense(node)):
+        if self._mine(node) and (self._joins(node) or self._fuser._reads_dense(node)):
             self.layer = str(node.target)
             self.nodes = (node, *self.nodes)
             return node.args[0]  # type: ignore[return-value]
@@ -492,9 +512,9 @@ class _Chain:
     def _work(self, node: fx.Node) -> int:
         """How much is gained by having ``node`` in the kernel: elements of the weight behind it."""
         node = self.behind_quietly(node)
-        if self._mine(node) and self._fuser._is_norm(node):
+        if self._mine(node) and self._fuser._is_norm(node, self._layout):
             node = self.behind_quietly(node.args[0])  # type: ignore[arg-type]
-        if self._mine(node) and self._fuser._reads_packed(node):
+        if self._mine(node) and self._joins(node):
             return self._fuser.module(node).weight.numel()  # type: ignore[union-attr,operator,return-value]
         return 0
 
@@ -506,8 +526,15 @@ class _Chain:
         return node
 
     def _mine(self, node: fx.Node) -> bool:
+        """Whether nobody else reads ``node``, and it may be computed as late as the neuron."""
         fuser = self._fuser
-        return len(node.users) == 1 and node in fuser.values and node not in fuser.claimed | fuser.written
+        if len(node.users) != 1 or node not in fuser.values or node in fuser.claimed:
+            return False
+        return fuser.written.isdisjoint((node, *node.all_input_nodes))
+
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a layer on packed spikes whose channels are those of the neuron."""
+        return self._fuser._reads_packed(node) and self._fuser._spatial_rank(node) == len(self._layout.size)
 
     def _same_pixels(self, source: Any) -> bool:
         tail = (self._layout.channels, *self._layout.size)
@@ -560,11 +587,7 @@ def _in_order(nodes: list[fx.Node], made: dict[fx.Node, Step], packed: dict[fx.N
     return steps
 
 
-def _has_effect(node: fx.Node) -> bool:
-    return node.op != "call_function" or node.target in IN_PLACE or node.is_impure()
-
-
-def _needed(steps: list[Step]) -> tuple[Step, ...]:
+def _needed(steps: list[Step], writers: Collection[fx.Node]) -> tuple[Step, ...]:
     """Steps without those whose result nobody reads and that have no effect."""
     wanted: set[tuple[fx.Node, bool]] = set()
     kept: list[Step] = []
@@ -573,7 +596,8 @@ def _needed(steps: list[Step]) -> tuple[Step, ...]:
         if isinstance(step, Block) and step.membrane is not None:
             results.add((step.membrane, False))
         effect = isinstance(step, Block) and step.neuron is not None
-        effect = effect or (isinstance(step, Eager) and _has_effect(step.out))
+        pure = step.out.op == "call_function" and step.out not in writers and not step.out.is_impure()
+        effect = effect or (isinstance(step, Eager) and not pure)
         if effect or results & wanted:
             kept.append(step)
             wanted |= {(operand.node, operand.packed is not None) for operand in step.operands}

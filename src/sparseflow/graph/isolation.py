@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import graph_module
 from torch.utils._pytree import tree_map
 
 from sparseflow.frameworks import restore_state, snapshot_state
@@ -40,6 +42,19 @@ def isolated(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         restore_state(model, snapshot)
+
+
+@contextlib.contextmanager
+def without_sources() -> Iterator[None]:
+    """PyTorch keeps the Python source of every graph module for ever; forget those made inside."""
+    cache = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
+    before = set(cache)
+    try:
+        yield
+    finally:
+        for key in set(cache) - before:
+            cache.pop(key, None)
+            linecache.cache.pop(key, None)
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:

@@ -94,7 +94,10 @@ def _window(kind: str, rank: int, a: dict[str, Any], source: Layout) -> Window |
     if kind == "max":
         if source.most > 1:
             return None
-        return Window(False, rank, kernel, stride, padding, _triple(a.get("dilation", 1), rank, 1))
+        dilation = _triple(a.get("dilation", 1), rank, 1)
+        # A dilated window may lie in the padding altogether, where the maximum is minus infinity.
+        beside = any(p and d > 1 for p, d in zip(padding, dilation, strict=True))
+        return None if beside else Window(False, rank, kernel, stride, padding, dilation)
     return Window(True, rank, kernel, stride, padding, include_pad=a.get("count_include_pad", True))
 
 

@@ -97,6 +97,7 @@ class Block(Step):
         layout: of the result.
         states: initial states that the graph passes to the neuron; else they are the module's own.
         membrane: the node that wants the membrane of every step, if any.
+        over_time: whether the first of the leading sizes is T; else the neuron does one step.
     """
 
     source: Operand
@@ -107,6 +108,7 @@ class Block(Step):
     neuron: str | None = None
     states: tuple[fx.Node, ...] = ()
     membrane: fx.Node | None = None
+    over_time: bool = True
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -120,7 +122,12 @@ class Block(Step):
     @property
     def steps(self) -> int:
         """T of a block with a neuron."""
-        return self.layout.lead[0] if self.neuron is not None else 1
+        return self.layout.lead[0] if self.neuron is not None and self.over_time else 1
+
+    @property
+    def state_lead(self) -> tuple[int, ...]:
+        """Leading sizes of the neuron's state: those of its input without T."""
+        return self.layout.lead[1:] if self.over_time else self.layout.lead
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,11 +184,19 @@ class Unpack(Step):
 
 @dataclasses.dataclass(frozen=True)
 class FusedGraph:
-    """Steps in order of execution; ``refusals`` says, by neuron or layer, why it is not part of a fused block."""
+    """Steps in order of execution.
+
+    Attributes:
+        refusals: by neuron or layer, why it is not part of a fused block.
+        contiguous: nodes whose tensor was contiguous on the example.
+        aliased: whether the graph writes into memory that more than one of its tensors share.
+    """
 
     graph: fx.GraphModule
     steps: tuple[Step, ...]
     refusals: dict[str, str]
+    contiguous: frozenset[fx.Node] = frozenset()
+    aliased: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:

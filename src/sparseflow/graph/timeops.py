@@ -133,6 +133,11 @@ class Recipe:
     kwargs: dict[str, Any]
     method: str | None = None
 
+    @property
+    def operands(self) -> list[Operand]:
+        """All operands, in the order of appearance."""
+        return list(_operands((self.args, self.kwargs)))
+
 
 Rule = Callable[[StepCall], Recipe | None]
 

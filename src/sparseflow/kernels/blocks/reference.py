@@ -30,7 +30,7 @@ def padding_of(geometry: ConvGeometry) -> list[int]:
     pads: list[int] = []
     for i in (2, 1, 0):
         reach = (geometry.out_size[i] - 1) * geometry.stride[i] + (geometry.kernel[i] - 1) * geometry.dilation[i] + 1
-        pads += [geometry.padding[i], reach - geometry.padding[i] - geometry.in_size[i]]
+        pads += [geometry.padding[i], max(0, reach - geometry.padding[i] - geometry.in_size[i])]
     return pads
 
 

@@ -33,4 +33,4 @@ def _triton(device: torch.device, pool: BufferPool) -> tuple[BlockOps | None, st
         return None, unavailable
     from sparseflow.kernels.triton.blocks.ops import TritonBlockOps
 
-    return TritonBlockOps(pool), ""
+    return TritonBlockOps(), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import weakref
 from typing import Any
@@ -40,6 +41,7 @@ class NativeBlockOps:
 
     def __init__(self, pool: BufferPool | None = None):
         self.pool = pool or BufferPool()
+        self._blocks: dict[Any, _Block] = {}
 
     def variants(self, geometry: ConvGeometry, steps: int) -> tuple[str, ...]:  # noqa: ARG002
         """Configurations of :meth:`conv`, best guess first; none where spikes of two groups would share a byte."""
@@ -57,11 +59,7 @@ class NativeBlockOps:
 
     def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> Tensor:
         """See :func:`sparseflow.kernels.cpu.engine.pack_conv_weight`."""
-        return engine.pack_conv_weight(weight, geometry.groups, Variant.from_name(variant))
-
-    def weights_match(self, weight: Tensor, packed: Tensor, geometry: ConvGeometry, variant: str, offset: int) -> bool:
-        """Whether a sample of ``weight`` is still what was packed; ``offset`` moves the sample."""
-        return engine.weights_match(weight, packed, geometry.groups, Variant.from_name(variant), offset)
+        return engine.pack_conv_weight(weight, geometry.groups, _variant(variant))
 
     def conv(
         self,
@@ -76,22 +74,18 @@ class NativeBlockOps:
     ) -> PackedSpikes | Tensor:
         assert x.row_counts is not None
         nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
-        density = nonzero / x.numel if x.numel else 0.0
-        fixed = resolve(Variant.from_name(variant), geometry, torch.float32, density)
-        conv = engine.conv_struct(geometry, fixed, torch.float32, x_channels_last=True, out_channels_last=True)
-        block = _Block(self.pool, geometry.out_size, geometry.out_channels, x.images, steps)
-        block.set_epilogue(epilogue)
-        result = block.set_result(neuron, state, (steps, x.images // steps), x.dims)
-        counts = x.counts.data_ptr() if x.counts is not None else None
-        work = nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + 4 * block.numel
+        block = self._block(geometry.out_size, geometry.out_channels, x.images, steps, neuron)
+        result = block.fill(epilogue, state, x.dims)
+        numel = x.numel
+        fixed = _fixed(variant, geometry, nonzero / numel if numel else 0.0)
         status = engine.library().sf_block_conv(
-            conv,
+            engine.conv_struct(geometry, fixed, torch.float32, x_channels_last=True, out_channels_last=True),
             block.pointer,
             x.bits.data_ptr(),
             x.row_counts.data_ptr(),
-            counts,
+            None if x.counts is None else x.counts.data_ptr(),
             packed.data_ptr(),
-            engine.threads_for(work),
+            engine.threads_for(nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + 4 * block.numel),
         )
         _check(status)
         return result
@@ -107,22 +101,30 @@ class NativeBlockOps:
         steps: int,
     ) -> PackedSpikes:
         batch = state.v.shape[0]
-        block = _Block(self.pool, size, currents.shape[-1], steps * batch, steps)
-        block.set_epilogue(epilogue)
+        block = self._block(size, currents.shape[-1], steps * batch, steps, neuron)
         block.struct.invariant = steps > 1 and currents.shape[0] == batch
-        result = block.set_result(neuron, state, (steps, batch), dims)
+        result = block.fill(epilogue, state, dims)
         assert isinstance(result, PackedSpikes)
         _check(engine.library().sf_block_dense(block.pointer, currents.data_ptr(), _threads(block.numel)))
         return result
 
     def affine(self, currents: Tensor, epilogue: Epilogue) -> Tensor:
         images, pixels, channels = currents.shape
-        block = _Block(self.pool, (1, 1, pixels), channels, images, 1)
-        block.set_epilogue(epilogue)
-        result = block.set_result(None, None, (1, images), 1)
+        block = self._block((1, 1, pixels), channels, images, 1, None)
+        result = block.fill(epilogue, None, 1)
         assert isinstance(result, Tensor)
         _check(engine.library().sf_block_dense(block.pointer, currents.data_ptr(), _threads(block.numel)))
         return result
+
+    def _block(
+        self, size: tuple[int, int, int], channels: int, images: int, steps: int, neuron: Dynamics | None
+    ) -> _Block:
+        """The block's parameters, made once."""
+        key = (size, channels, images, steps, neuron)
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._blocks[key] = _Block(self.pool, *key)
+        return block
 
     def pack(self, x: Tensor, lead: int) -> PackedSpikes | None:
         images, channels, size = math.prod(x.shape[:lead]), x.shape[lead], spatial(tuple(x.shape[lead + 1 :]))
@@ -214,52 +216,65 @@ class NativeBlockOps:
 
 
 class _Block:
-    """One filled ``SfBlock`` and what keeps its memory alive."""
+    """An ``SfBlock`` of which only the pointers change from call to call."""
 
-    def __init__(self, pool: BufferPool, size: tuple[int, int, int], channels: int, images: int, steps: int):
-        self._pool, self._size, self._channels, self._images = pool, size, channels, images
+    def __init__(
+        self,
+        pool: BufferPool,
+        size: tuple[int, int, int],
+        channels: int,
+        images: int,
+        steps: int,
+        neuron: Dynamics | None,
+    ):
+        self._pool, self._size, self._channels, self._lead = pool, size, channels, (steps, images // steps)
         pixels = math.prod(size)
         self.numel = images * pixels * channels
+        self._bits_shape = (images, pixels, -(-channels // WORD))
+        self._rows_shape = (images, size[0] * size[1])
+        self._dense_shape = (images, pixels, channels)
         self.struct = BlockStruct(steps, images // steps, pixels, size[2], channels)
         self.pointer = ctypes.byref(self.struct)
-        self._kept: list[Any] = []
+        self._epilogue: Epilogue | None = None
+        self._neuron = None if neuron is None else _native(neuron, channels)
+        if self._neuron is None:
+            self.struct.neuron.charge = _NO_NEURON
+        else:
+            ctypes.pointer(self.struct.neuron)[0] = self._neuron.struct
 
-    def set_epilogue(self, epilogue: Epilogue) -> None:
-        struct, residual = self.struct, epilogue.residual
-        if epilogue.scale is not None:
-            struct.scale = self._padded(epilogue.scale)
-        if epilogue.shift is not None:
-            struct.shift = self._padded(epilogue.shift)
-        if isinstance(residual, PackedSpikes):
-            struct.residual_bits, struct.residual_counts = _pointers(residual)
-        elif residual is not None:
-            struct.residual = residual.data_ptr()
-
-    def _padded(self, constant: Tensor) -> int:
-        if self._channels % _UNIT:
-            constant = torch.nn.functional.pad(constant, (0, -self._channels % _UNIT))
-        self._kept.append(constant)
-        return constant.data_ptr()
-
-    def set_result(
-        self, neuron: Dynamics | None, state: State | None, lead: tuple[int, int], dims: int
-    ) -> PackedSpikes | Tensor:
-        """Allocate the result: packed spikes of a neuron, or dense float32 sums."""
-        struct, pixels = self.struct, math.prod(self._size)
-        if neuron is None or state is None:
-            struct.neuron.charge = _NO_NEURON
-            out = self._pool.take((self._images, pixels, self._channels), torch.float32)
+    def fill(self, epilogue: Epilogue, state: State | None, dims: int) -> PackedSpikes | Tensor:
+        """Point to this call's tensors; returns the memory of the result."""
+        self._set_epilogue(epilogue)
+        struct = self.struct
+        if self._neuron is None or state is None:
+            out = self._pool.take(self._dense_shape, torch.float32)
             struct.out = out.data_ptr()
             return out
-        _native(neuron, self._channels).fill(struct.neuron, state.start)
-        struct.v, struct.fresh = state.v.data_ptr(), state.fresh
-        struct.syn = state.syn.data_ptr() if state.syn is not None else None
-        struct.v_seq = state.v_seq.data_ptr() if state.v_seq is not None else None
-        bits = self._pool.take((self._images, pixels, -(-self._channels // WORD)), torch.int64)
-        rows = self._pool.take((self._images, self._size[0] * self._size[1]), torch.int32)
+        struct.v, struct.fresh, struct.neuron.start = state.v.data_ptr(), state.fresh, state.start
+        struct.syn = None if state.syn is None else state.syn.data_ptr()
+        struct.v_seq = None if state.v_seq is None else state.v_seq.data_ptr()
+        bits = self._pool.take(self._bits_shape, torch.int64)
+        rows = self._pool.take(self._rows_shape, torch.int32)
         nonzero = self._pool.take((1,), torch.int64)
         struct.bits, struct.row_counts, struct.nonzero = bits.data_ptr(), rows.data_ptr(), nonzero.data_ptr()
-        return PackedSpikes(bits, lead, self._channels, self._size, dims, row_counts=rows, nonzero=nonzero)
+        return PackedSpikes(bits, self._lead, self._channels, self._size, dims, None, rows, nonzero)
+
+    def _set_epilogue(self, epilogue: Epilogue) -> None:
+        struct, residual = self.struct, epilogue.residual
+        kept = self._epilogue
+        if kept is None or kept.scale is not epilogue.scale or kept.shift is not epilogue.shift:
+            self._scale, self._shift = self._padded(epilogue.scale), self._padded(epilogue.shift)
+            struct.scale = None if self._scale is None else self._scale.data_ptr()
+            struct.shift = None if self._shift is None else self._shift.data_ptr()
+        packed = isinstance(residual, PackedSpikes)
+        struct.residual_bits, struct.residual_counts = _pointers(residual) if packed else (None, None)
+        struct.residual = None if packed or residual is None else residual.data_ptr()
+        self._epilogue = epilogue
+
+    def _padded(self, constant: Tensor | None) -> Tensor | None:
+        if constant is None or self._channels % _UNIT == 0:
+            return constant
+        return torch.nn.functional.pad(constant, (0, -self._channels % _UNIT))
 
 
 class _NativeNeuron:
@@ -279,11 +294,6 @@ class _NativeNeuron:
         pointers = [self.table[i].data_ptr() for i in range(len(constants))]
         gains = (ctypes.c_void_p * 3)(*pointers[3:6])
         self.struct = NeuronStruct(*rules, neuron.reset_value, rest, 0.0, *pointers[:3], gains, pointers[6])
-
-    def fill(self, struct: NeuronStruct, start: float) -> None:
-        """Copy into a block, with the membrane that a fresh state starts from."""
-        ctypes.pointer(struct)[0] = self.struct
-        struct.start = start
 
 
 def _native(neuron: Dynamics, channels: int) -> _NativeNeuron:
@@ -307,6 +317,22 @@ def _vector(constant: Constant, channels: int) -> Tensor:
     vector = torch.zeros(padded)
     vector[:channels] = constant if isinstance(constant, Tensor) else float(constant)
     return vector
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(name: str) -> Variant:
+    return Variant.from_name(name)
+
+
+def _fixed(name: str, geometry: ConvGeometry, density: float) -> Variant:
+    """The fixed variant for this density, which is rounded up to a power of two's quarter: it decides in steps."""
+    mantissa, exponent = math.frexp(density)
+    return _fixed_for(name, geometry, math.ldexp(math.ceil(mantissa * 8) / 8, exponent))
+
+
+@functools.lru_cache(maxsize=4096)
+def _fixed_for(name: str, geometry: ConvGeometry, density: float) -> Variant:
+    return resolve(_variant(name), geometry, torch.float32, density)
 
 
 def _check(status: int) -> None:

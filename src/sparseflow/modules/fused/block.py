@@ -20,7 +20,7 @@ from sparseflow.kernels.blocks.records import BlockOps, Dynamics, Epilogue, Stat
 from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_last
 from sparseflow.plan import Crossover, LayerPlan, Path, Reason
 
-from .constants import Watched, geometry_of, kernel_weight, owners, scale_and_shift
+from .constants import geometry_of, kernel_weight, scale_and_shift
 from .state import NeuronMemory
 
 
@@ -38,10 +38,9 @@ class BlockRun:
         self.memory = NeuronMemory(modules[block.neuron], block, device) if block.neuron else None
         self.dynamics = self._dynamics(modules)
         self.geometry = geometry_of(block, self.layer) if block.source.packed and self.layer is not None else None
-        self.watched = Watched(owners(block, modules))
         self.stats = LayerStats()
         self.policy: Policy | None = None
-        self._forget()
+        self.refresh()
 
     @property
     def name(self) -> str:
@@ -60,20 +59,11 @@ class BlockRun:
         assert spec is not None
         return Dynamics.of(spec, self.block.layout.channels)
 
-    def _forget(self) -> None:
+    def refresh(self) -> None:
+        """Prepare weights anew at the next call."""
         self._affine: tuple[Tensor | None, Tensor | None] | None = None
         self._packed: dict[str, Any] = {}
         self._dense_weight: Tensor | None = None
-
-    def check(self, closely: bool) -> None:
-        """Prepare weights anew at the next call if any of them changed; ``closely`` compares values too."""
-        if self.watched.changed() or (closely and self.watched.looks_changed()):
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Prepare weights anew at the next call."""
-        self.watched.renew()
-        self._forget()
 
     def describe(self, plan: LayerPlan) -> LayerPlan:
         """``plan``, of the block's layer, as it runs here."""
@@ -160,7 +150,7 @@ class BlockRun:
         if self.layer is not None:
             once = self._first_step(x)
             x = self.layer(x if once is None else once)
-        elif x.stride(0) == 0 and x.shape[0] == self.block.steps:
+        elif self.block.steps > 1 and x.stride(0) == 0 and x.shape[0] == self.block.steps:
             x = x[:1]
         lead = x.dim() - 1 - len(self.block.layout.size)
         return self._after(channels_last(x, lead), epilogue, state)

@@ -77,8 +77,7 @@ def _excess_of_spikes(
     steps = block.block.steps
     shape = (currents.shape[0] // steps, *currents.shape[1:])
     v, syn = _start(block, before, shape, currents)
-    got = unpack(result).double().reshape(steps, -1, *block.block.layout.shape[len(result.lead) :])
-    got = channels_last(got, 2).unflatten(0, (steps, -1))
+    got = channels_last(unpack(result), len(result.lead)).double().unflatten(0, (steps, -1))
     reach, same = torch.zeros_like(v), torch.ones_like(v, dtype=torch.bool)
     worst, flips = 0.0, 0
     gain = _gain(neuron)
@@ -98,7 +97,7 @@ def _excess_of_spikes(
 
 def _start(block: BlockRun, before: tuple[Any, ...], shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     assert block.memory is not None
-    memory, lead = block.memory, len(block.block.layout.lead) - 1
+    memory, lead = block.memory, len(block.block.state_lead)
 
     def state(value: Any, otherwise: float) -> Tensor:
         if isinstance(value, Tensor) and value.shape == memory.shape:

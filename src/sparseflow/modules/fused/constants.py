@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import operator
 from typing import Any
 
 import torch
@@ -18,43 +20,74 @@ _SAMPLES = 8
 class Watched:
     """Tensors that results depend on, and whether any of them was written to or replaced.
 
-    A write is seen by the version counter. One through ``.data`` moves none: it is seen by a sample of the values.
+    A write is seen by the version counter, new memory by its address. A write through ``.data`` moves neither: it is
+    seen by a piece of the memory of every tensor (on the CPU), and by a sample of the values of one tensor a call.
     """
 
     def __init__(self, owners: list[tuple[dict[str, Any], str]]):
-        self._owners = [(owner, name) for owner, name in owners if owner.get(name) is not None]
+        self._owners = [owner for owner, _ in owners]
+        self._names = [name for _, name in owners]
         self._next = 0
         self.renew()
 
     def renew(self) -> None:
         """Take what there is now as the state to compare with."""
-        self._seen = [_token(owner[name]) for owner, name in self._owners]
-        self._samples = [_sample(owner[name]) for owner, name in self._owners]
+        self._held = self._held_now()
+        self._tensors: list[Tensor] = [tensor for tensor in self._held if tensor is not None]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._versions = _versions(self._tensors)
+        self._pieces = list(map(_piece, self._tensors))
+        self._bytes = self._read_pieces()
+        self._kinds = list(map(_kind, self._held))
+        self._samples = [_sample(tensor) for tensor in self._tensors]
 
     def changed(self) -> bool:
-        """Whether a tensor was replaced or written to, as far as its version says."""
-        for (owner, name), seen in zip(self._owners, self._seen, strict=True):
-            tensor = owner.get(name)
-            if tensor is None or _token(tensor) != seen:
-                return True
-        return False
+        """Whether anything is not what it was."""
+        if not all(map(operator.is_, self._held_now(), self._held)):
+            return True
+        if [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+            return True
+        written = _versions(self._tensors) != self._versions or self._read_pieces() != self._bytes
+        return written or self._looks_changed()
 
-    def looks_changed(self) -> bool:
-        """Compare a sample of one tensor, the next one at every call."""
-        if not self._owners:
+    def fits(self) -> bool:
+        """Whether the tensors of now are of the shapes and types of those seen last."""
+        return list(map(_kind, self._held_now())) == self._kinds
+
+    def _held_now(self) -> list[Tensor | None]:
+        return list(map(dict.get, self._owners, self._names))  # type: ignore[arg-type]
+
+    def _read_pieces(self) -> list[bytes]:
+        return [ctypes.string_at(address, size) for address, size in self._pieces]
+
+    def _looks_changed(self) -> bool:
+        if not self._tensors:
             return False
-        self._next = (self._next + 1) % len(self._owners)
-        owner, name = self._owners[self._next]
-        return not torch.equal(_sample(owner[name]), self._samples[self._next])
+        self._next = (self._next + 1) % len(self._tensors)
+        return not torch.equal(_sample(self._tensors[self._next]), self._samples[self._next])
 
 
-def _token(tensor: Tensor) -> tuple[Any, int, int]:
-    # A bound method equals another of the same object; tensors would compare their elements.
-    return tensor.data_ptr, tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _piece(tensor: Tensor) -> tuple[int, int]:
+    """Address and size of a few bytes in the middle of a tensor, empty where they cannot be read."""
+    if tensor.device.type != "cpu" or not tensor.data_ptr():
+        return 0, 0
+    values = tensor.numel() if tensor.is_contiguous() else 1
+    return tensor.data_ptr() + values // 2 * tensor.itemsize, min(_SAMPLES, values - values // 2) * tensor.itemsize
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # made in inference mode, which counts no writes
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    flat = tensor.detach().flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 
 
@@ -67,7 +100,9 @@ def owners(block: Block, modules: dict[str, nn.Module]) -> list[tuple[dict[str, 
     if block.norm is not None:
         norm = modules[block.norm]
         found += [(norm._parameters, "weight"), (norm._parameters, "bias")]  # type: ignore[list-item]
-        found += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]  # type: ignore[list-item]
+        # Training moves the statistics without counting a write, but counts its batches.
+        buffers: Any = norm._buffers
+        found += [(buffers, "running_mean"), (buffers, "running_var"), (buffers, "num_batches_tracked")]
     return found
 
 

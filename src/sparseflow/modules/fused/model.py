@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -13,20 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from sparseflow.config import MeasureBudget
 from sparseflow.dispatch.crossovers import RuntimeConfig
 from sparseflow.dispatch.measure import fastest
 from sparseflow.graph.fusion import fuse
-from sparseflow.graph.isolation import copied, isolated
+from sparseflow.graph.isolation import copied, isolated, without_sources
 from sparseflow.graph.reroll import reroll
 from sparseflow.graph.steps import FusedGraph
 from sparseflow.graph.tracer import TraceError, trace
 from sparseflow.graph.values import example_values
 from sparseflow.kernels.blocks.buffers import BufferPool
 from sparseflow.kernels.blocks.select import block_ops
-from sparseflow.modules.swap import watched_by_others
+from sparseflow.modules.swap import runtimes, watched_by_others
 from sparseflow.plan import Reason
 
 from .block import BlockRun
@@ -37,6 +38,7 @@ ATTRIBUTE = "_sparseflow_fusion"
 logger = logging.getLogger("sparseflow")
 _MAX_PLANS = 8
 _MAX_LOSS = 1.0
+_VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclasses.dataclass
@@ -50,12 +52,19 @@ class Planned:
     fused_ms: float | None = None
     layers_ms: float | None = None
 
+    def holds(self) -> bool:
+        """Whether the model is what it was when this was planned, but for the values of its weights."""
+        return (self.guard is None or self.guard.holds()) and (self.program is None or self.program.is_current())
+
 
 class Fusion:
-    """The fused plans of one model, by input signature; made at once for the example, else at the second such call."""
+    """The fused plans of one model, by input signature.
 
-    def __init__(self, config: RuntimeConfig, excluded: Collection[str] = ()):
-        self.config, self.excluded = config, frozenset(excluded)
+    A plan is made for the example, and for any other input at the second such call, or (``at_once``) at the first.
+    """
+
+    def __init__(self, config: RuntimeConfig, excluded: Collection[str] = (), *, at_once: bool = False):
+        self.config, self.excluded, self.at_once = config, frozenset(excluded), at_once
         self.disabled = 0
         self.observers: list[Observer] = []
         self._reset()
@@ -70,15 +79,16 @@ class Fusion:
         self._busy = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "excluded": self.excluded}
+        return {"config": self.config, "excluded": self.excluded, "at_once": self.at_once}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config, self.excluded, self.disabled = state["config"], state["excluded"], 0
+        self.config, self.excluded, self.at_once = state["config"], state["excluded"], state["at_once"]
+        self.disabled = 0
         self.observers = []
         self._reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
-        return Fusion(self.config, self.excluded)
+        return Fusion(self.config, self.excluded, at_once=self.at_once)
 
     def run(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Callable[..., Any]
@@ -130,15 +140,19 @@ class Fusion:
             return planned
 
     def _program(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
-        self.why = unsuited(model, args)
+        self.why = unsuited(model, args, kwargs)
         if self.why is not None:
             return None
         key = (signature(model, args, kwargs), self._hooked)
         planned = self.plans.get(key)
-        if planned is None or (planned.guard is not None and not planned.guard.holds()):
+        if planned is None or not planned.holds():
             planned = self._replan(model, args, kwargs, key)
         self.last = planned
-        return None if planned is None else planned.program
+        program = None if planned is None else planned.program
+        if program is not None and torch.is_grad_enabled() and program.wants_gradients():
+            self.why = Reason.GRADIENTS
+            return None
+        return program
 
     def _replan(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stale: Any) -> Planned | None:
         """A plan for what the model is now, once the same call has been seen twice."""
@@ -146,11 +160,11 @@ class Fusion:
         self._hooked = frozenset(hooked(model))
         key = (stale[0], self._hooked)
         known = self.plans.get(key)
-        if known is not None and (known.guard is None or known.guard.holds()):
+        if known is not None and known.holds():
             return known
         if len(self._seen_once) > _MAX_PLANS:
             self._seen_once.clear()
-        if key not in self._seen_once:
+        if key not in self._seen_once and not self.at_once:
             self._seen_once.add(key)
             return None
         with torch.no_grad():
@@ -165,13 +179,15 @@ class Fusion:
             self.plans.popitem(last=False)
 
     def _make(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Planned:
-        with self._planning(), unfused(model):
+        with self._planning(), own_forward(model), unfused(model), unrecorded(model), without_sources():
             try:
                 return self._plan(model, args, kwargs)
             except TraceError as error:
                 return Planned(None, None, Reason.NOT_TRACED, str(error))
 
     def _plan(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Planned:
+        if any(why := _unusual(leaf) for leaf in tree_leaves((args, kwargs))):
+            return Planned(None, None, Reason.NO_BLOCKS, why)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         pool = BufferPool(device)
         ops, why = block_ops(device, self.config.backend, pool)
@@ -205,7 +221,7 @@ def signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     ((torch.Size([2, 3]), torch.float32, device(type='cpu')),)
     """
     mode = (model.training, torch.get_num_threads())
-    if not kwargs and all(type(arg) is torch.Tensor for arg in args):
+    if not kwargs and all(type(arg) is torch.Tensor and _is_ordinary(arg) for arg in args):
         return tuple((arg.shape, arg.dtype, arg.device) for arg in args), mode
     leaves, spec = tree_flatten((args, kwargs))
     return tuple(map(_leaf, leaves)), str(spec), mode
@@ -213,8 +229,35 @@ def signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _leaf(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return type(value), value.shape, value.dtype, value.device
-    return value if isinstance(value, (bool, int, float, str, type(None))) else (type(value), id(value))
+        return type(value), value.shape, value.dtype, value.device, _is_ordinary(value)
+    return (type(value), value) if isinstance(value, _VALUES) else _Same(value)
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds its values, of which there are some."""
+    return tensor.layout is torch.strided and tensor.numel() > 0 and not tensor.is_neg()
+
+
+class _Same:
+    """Equal for one object only, which it keeps, so that no other one gets its address."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+def _unusual(value: Any) -> str:
+    """What about an input keeps fused blocks from taking it, and the trace from following it."""
+    if not isinstance(value, torch.Tensor):
+        return "" if isinstance(value, _VALUES) else f"an input is a {type(value).__name__}, which can change by itself"
+    if type(value) not in (torch.Tensor, nn.Parameter) or not _is_ordinary(value):
+        return "an input is empty, or a tensor of an unusual kind"
+    return ""
 
 
 def _fused_graph(
@@ -261,7 +304,9 @@ class FusedModel(nn.Module):
 def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(plain.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fusion: Fusion = self.__dict__[ATTRIBUTE]
+        fusion: Fusion | None = self.__dict__.get(ATTRIBUTE)
+        if fusion is None:  # another thread is planning
+            return plain.forward(self, *args, **kwargs)
         return fusion.run(self, args, kwargs, functools.partial(plain.forward, self))
 
     body = {
@@ -314,6 +359,17 @@ def unfused(model: nn.Module) -> Iterator[None]:
     finally:
         if fusion is not None:
             install(model, fusion)
+
+
+@contextlib.contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Inside, what the layers see and do is not counted."""
+    kept = [(runtime.stats, copy.deepcopy(vars(runtime.stats))) for runtime in runtimes(model).values()]
+    try:
+        yield
+    finally:
+        for stats, before in kept:
+            vars(stats).update(before)
 
 
 @contextlib.contextmanager

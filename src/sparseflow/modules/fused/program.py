@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparseflow.dispatch.crossovers import RuntimeConfig
+from sparseflow.graph.eligibility import layer_kind
 from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Operand, Pool, Step, Unpack
 from sparseflow.kernels.blocks.buffers import BufferPool
 from sparseflow.kernels.blocks.records import BlockOps
 from sparseflow.kernels.blocks.spikes import PackedSpikes
 
 from .block import BlockRun
+from .constants import Watched, owners
 
+_LENIENT = ("torch.nn.", "spikingjelly.", "snntorch.")
 Env = list[Any]
 Action = Callable[[Env], None]
 Observer = Callable[["BlockRun", Any, Any, Any, Any], None]
@@ -41,21 +44,18 @@ class Program:
         self.observers = observers
         self._slots: dict[tuple[fx.Node, bool], int] = {}
         self._inputs: list[tuple[int, str, Any]] = []
-        self._turn = 0
         self._planning: RuntimeConfig | None = None
         self._device = device
         actions = [self._bound(step) for step in fused.steps]
         released = self._last_reads()
         self._actions = [(a, released.get(i, ())) for i, a in enumerate(actions) if a is not None]
         self._result = len(self._slots)
+        self._watched = Watched([owner for block in self.blocks for owner in owners(block.block, self.modules)])
 
     # ---- running
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns for these arguments."""
-        self._turn += 1
-        for i, block in enumerate(self.blocks):
-            block.check(closely=(self._turn + i) % len(self.blocks) == 0)
         env: Env = [None] * (len(self._slots) + 1)
         self._fill_inputs(env, args, kwargs)
         for action, released in self._actions:
@@ -65,6 +65,18 @@ class Program:
                     self._give_back(env[slot])
                 env[slot] = None
         return env[self._result]
+
+    def is_current(self) -> bool:
+        """Take note of weights that were written to or replaced; false where the plan cannot go on with the new ones."""
+        if not self._watched.changed():
+            return True
+        fits = self._watched.fits()
+        self.refresh()
+        return fits
+
+    def wants_gradients(self) -> bool:
+        """Whether the memory of a neuron is part of an autograd graph that the call would extend."""
+        return any(block.memory is not None and block.memory.wants_gradients() for block in self.blocks)
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: RuntimeConfig) -> None:
         """Run once and find the crossover of every block on the way."""
@@ -76,6 +88,7 @@ class Program:
 
     def refresh(self) -> None:
         """Prepare all weights anew."""
+        self._watched.renew()
         for block in self.blocks:
             block.refresh()
 
@@ -116,16 +129,23 @@ class Program:
         states = tuple(self.slot(node, False) for node in step.states)
         membrane = None if step.membrane is None else self.slot(step.membrane, False)
 
+        exactly = self._exactly(step.out)
+
         def act(env: Env) -> None:
             x, added = env[source], None if residual is None else env[residual]
             given = tuple(env[slot] for slot in states)
             if self._planning is not None and isinstance(x, PackedSpikes):
                 block.plan(self._planning, x, added)
-            env[out] = self._observed(block, x, added, given) if self.observers else block(x, added, given)
+            result = self._observed(block, x, added, given) if self.observers else block(x, added, given)
+            env[out] = result.contiguous() if exactly and isinstance(result, Tensor) else result
             if membrane is not None and block.memory is not None and block.last_state is not None:
                 env[membrane] = block.memory.membrane_sequence(block.last_state)
 
         return act
+
+    def _exactly(self, node: fx.Node) -> bool:
+        """Whether the tensor of ``node`` must lie in memory as the model's does: views of it are written to."""
+        return self.fused.aliased and node in self.fused.contiguous
 
     def _observed(self, block: BlockRun, x: Any, residual: Any, given: tuple[Any, ...]) -> Any:
         before = block.memory.peek(given) if block.memory is not None else ()
@@ -137,21 +157,25 @@ class Program:
     def _bound_unpack(self, step: Unpack) -> Action:
         source, out, layout = self._read(step.source), self.slot(step.out, False), step.source.packed
         assert layout is not None
+        exactly = self._exactly(step.out)
 
         def act(env: Env) -> None:
             dense = self.ops.unpack(env[source])
             shape = (layout.images, layout.channels, *layout.size)
             images = dense.reshape(shape)
-            env[out] = images.reshape(layout.shape) if layout.flat else _with_lead(images, layout.lead)
+            result = images.reshape(layout.shape) if layout.flat else _with_lead(images, layout.lead)
+            env[out] = result.contiguous() if exactly else result
 
         return act
 
     def _bound_pool(self, step: Pool) -> Action:
         source, out, layout = self._read(step.source), self.slot(step.out, step.makes_packed), step.layout
 
+        exactly = self._exactly(step.out)
+
         def average(env: Env) -> None:
             dense = self.ops.avg_pool(env[source], step.kernel, step.stride, step.padding, step.include_pad)
-            env[out] = dense.reshape(layout.shape)
+            env[out] = dense.reshape(layout.shape).contiguous() if exactly else dense.reshape(layout.shape)
 
         def maximum(env: Env) -> None:
             env[out] = self.ops.max_pool(env[source], step.kernel, step.stride, step.padding, step.dilation)
@@ -183,7 +207,7 @@ class Program:
         arguments = _Arguments(node, self)
         if node.op == "output":
             return _output(arguments)
-        return _call(node, arguments, self.modules, out)
+        return _call(node, arguments, self.modules, out, aliased=self.fused.aliased)
 
     def _bound_attribute(self, target: str, out: int) -> Action:
         """A parameter or buffer as the model holds it now; a constant of the trace lies in the graph."""
@@ -225,17 +249,32 @@ class _Arguments:
     def __post_init__(self, program: Program) -> None:
         self._slots = {n: program.slot(n, False) for n in self.node.all_input_nodes}
         plain = all(isinstance(arg, (fx.Node, int, float, str, type(None))) for arg in self.node.args)
-        self._plain = plain and not any(isinstance(v, fx.Node) for v in self.node.kwargs.values())
+        strict = self.node.op == "output" or _is_foreign(self.node, program.modules)
+        self._contiguous = program.fused.contiguous if strict else frozenset[fx.Node]()
+        self._plain = plain and not strict and not any(isinstance(v, fx.Node) for v in self.node.kwargs.values())
 
     def positional(self, env: Env) -> tuple[Any, ...]:
         """Positional arguments with nodes replaced by their values."""
         if self._plain:
             return tuple(env[self._slots[arg]] if isinstance(arg, fx.Node) else arg for arg in self.node.args)
-        return fx.node.map_arg(self.node.args, lambda n: env[self._slots[n]])  # type: ignore[return-value]
+        return fx.node.map_arg(self.node.args, lambda n: self._value(env, n))  # type: ignore[return-value]
 
     def named(self, env: Env) -> dict[str, Any]:
         """Keyword arguments with nodes replaced by their values."""
-        return fx.node.map_arg(self.node.kwargs, lambda n: env[self._slots[n]]) if self.node.kwargs else {}  # type: ignore[return-value]
+        return fx.node.map_arg(self.node.kwargs, lambda n: self._value(env, n)) if self.node.kwargs else {}  # type: ignore[return-value]
+
+    def _value(self, env: Env, node: fx.Node) -> Any:
+        """What the model would pass on contiguous is so here, where somebody may ask for a view of it."""
+        value = env[self._slots[node]]
+        return value.contiguous() if node in self._contiguous and isinstance(value, Tensor) else value
+
+
+def _is_foreign(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` calls a module of the user's; others take tensors however they lie in memory."""
+    if node.op != "call_module":
+        return False
+    module = modules[str(node.target)]
+    return layer_kind(module) is None and not type(module).__module__.startswith(_LENIENT)
 
 
 def _output(arguments: _Arguments) -> Action:
@@ -245,9 +284,9 @@ def _output(arguments: _Arguments) -> Action:
     return act
 
 
-def _call(node: fx.Node, arguments: _Arguments, modules: dict[str, nn.Module], out: int) -> Action:
+def _call(node: fx.Node, arguments: _Arguments, modules: dict[str, nn.Module], out: int, *, aliased: bool) -> Action:
     if node.op == "call_method":
-        name = str(node.target)
+        name = _method_name(node, aliased)
 
         def method(env: Env) -> None:
             owner, *rest = arguments.positional(env)
@@ -260,3 +299,11 @@ def _call(node: fx.Node, arguments: _Arguments, modules: dict[str, nn.Module], o
         env[out] = target(*arguments.positional(env), **arguments.named(env))
 
     return call
+
+
+def _method_name(node: fx.Node, aliased: bool) -> str:
+    """What packed spikes unpack to is channels last, of which there may be no view where the model had one."""
+    sizes = all(isinstance(arg, (fx.Node, int, tuple, list, torch.Size)) for arg in node.args[1:])
+    if node.target == "view" and sizes and not node.kwargs and not aliased:
+        return "reshape"
+    return "reshape_as" if node.target == "view_as" and not aliased else str(node.target)

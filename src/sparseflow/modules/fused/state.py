@@ -57,10 +57,10 @@ class NeuronMemory:
         layout = block.layout
         self.module, self.names, self.device = module, spec.states, device
         self.restart = spec.reset_value if spec.reset is Reset.HARD else 0.0
-        self._steps, self._lead = block.steps, len(layout.lead) - 1
-        self.shape = (*layout.lead[1:], layout.channels, *layout.size)
+        self._steps, self._lead, self._over_time = block.steps, len(block.state_lead), block.over_time
+        self.shape = (*block.state_lead, layout.channels, *layout.size)
         self._slots = [_Slot(self.shape, self._lead, device) for _ in spec.states]
-        self._wants_sequence = block.membrane is not None
+        self._wants_sequence = block.membrane is not None and block.over_time
 
     def begin(self, given: tuple[Any, ...]) -> State:
         """The state that the neuron starts from: ``given`` by the graph, or what its attributes hold."""
@@ -79,6 +79,11 @@ class NeuronMemory:
         sequence = v.new_empty(self._steps, *v.shape) if self._wants_sequence else None
         return State(v, syn[0] if syn else None, not any(known), float(start), sequence)
 
+    def wants_gradients(self) -> bool:
+        """Whether what the neuron holds requires a gradient."""
+        values = (self._read(name) for name in self.names)
+        return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
     def peek(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copies of what :meth:`begin` would start from, in the order of the record."""
         values = [given[-1], *given[:-1]] if given else [self._read(name) for name in self.names]
@@ -90,7 +95,9 @@ class NeuronMemory:
             self._write(name, slot.view)
 
     def membrane_sequence(self, state: State) -> Tensor:
-        """The membrane of every step as the graph knows it: ``[T, *lead, channels, *size]``."""
+        """The membrane of every step as the graph knows it: ``[T, *lead, channels, *size]``, or that of one step."""
+        if not self._over_time:
+            return self._slots[0].view
         assert state.v_seq is not None
         return as_tensor(state.v_seq.flatten(0, 1), (self._steps, *self.shape), self._lead + 1)
 
