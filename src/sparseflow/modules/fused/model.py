@@ -21,6 +21,7 @@ from sparseflow.dispatch.crossovers import RuntimeConfig
 from sparseflow.dispatch.measure import fastest
 from sparseflow.graph.fusion import fuse
 from sparseflow.graph.isolation import copied, isolated, without_sources
+from sparseflow.graph.readout import average_first
 from sparseflow.graph.reroll import reroll
 from sparseflow.graph.steps import FusedGraph
 from sparseflow.graph.tracer import TraceError, trace
@@ -267,6 +268,7 @@ def _fused_graph(
     graph = trace(model, args, kwargs, whole=whole)
     if not whole:
         graph = reroll(graph, args, kwargs) or graph
+    average_first(model, graph, example_values(model, graph, args, kwargs), whole)
     values = example_values(model, graph, args, kwargs)
     return fuse(model, graph, values, excluded, whole)
 
