@@ -13,12 +13,11 @@ The gate: every sparse layer inside its float64 error budget, and the share of e
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -29,6 +28,7 @@ import sparseflow
 from sparseflow.bench.compare import alternate, quantiles
 from sparseflow.env import environment
 
+from .baselines import Call, Case, baselines, compiled, fresh_compiler
 from .stand_ins import activity, fire_like_trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -37,17 +37,6 @@ from digits.data import encode, load_split
 from digits.net import TIME_STEPS, load_checkpoint
 
 _INPUTS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One model at one batch size: how to build it, and inputs ``[T, N, C, H, W]`` that follow each other."""
-
-    name: str
-    activity: str
-    build: Callable[[], nn.Module]
-    inputs: tuple[Tensor, ...]
-    compiled: bool = True
 
 
 def digits(batch: int) -> Case:
@@ -81,43 +70,9 @@ def _resnet18(x: Tensor) -> nn.Module:
     return fire_like_trained(net, x)
 
 
-def compiled(net: nn.Module, x: Tensor) -> nn.Module:
-    """``torch.compile`` with weights frozen into the graph: batch norm folded, convolutions prepacked."""
-    import torch._inductor.config as inductor
-
-    torch._dynamo.reset()
-    with inductor.patch(freezing=True), torch.no_grad():
-        fast = torch.compile(net)
-        for _ in range(3):
-            functional.reset_net(net)
-            fast(x)
-    return fast
-
-
-def baselines(case: Case, with_compile: bool) -> Iterator[tuple[str, nn.Module, torch.dtype]]:
-    """Name, network and input dtype of every dense competitor."""
-    yield "eager", case.build(), torch.float32
-    yield "eager channels_last", case.build().to(memory_format=torch.channels_last), torch.float32
-    if with_compile:
-        yield "compiled fp32", compiled(case.build(), case.inputs[0]), torch.float32
-        half = case.build().bfloat16()
-        yield "compiled bf16", compiled(half, case.inputs[0].bfloat16()), torch.bfloat16
-
-
-class Call:
-    """Runs a network on the next input, neuron state reset before."""
-
-    def __init__(self, net: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype):
-        self.net, self.inputs, self.turn = net, [x.to(dtype) for x in inputs], 0
-
-    def __call__(self) -> Tensor:
-        self.turn = (self.turn + 1) % len(self.inputs)
-        functional.reset_net(self.net)
-        return self.net(self.inputs[self.turn])
-
-
 def run(case: Case, repeats: int, with_compile: bool) -> dict:
     """Times in ms, answers and the report of one case."""
+    fresh_compiler()
     net = sparseflow.accelerate(case.build(), case.inputs[0])
     with torch.no_grad():
         with sparseflow.verify(net) as watch:

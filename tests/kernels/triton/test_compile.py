@@ -6,10 +6,6 @@ Everything is compiled in a process of its own, since the tests run in Triton's 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 import types
 
 import pytest
@@ -22,17 +18,6 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 MATRIX = {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "sm_100": ("tcgen05.mma", "mma.sync"), "gfx942": ("mfma",)}
 SHARED = {"sm_80": 99 * 1024, "sm_90": 163 * 1024, "sm_100": 163 * 1024, "gfx942": 64 * 1024}
 REGISTER_FILE = 64 * 1024
-
-
-@pytest.fixture(scope="session")
-def report() -> dict:
-    """A covering subset of all kernels and variants for sm_90, and the start of it for the other targets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "sparseflow.kernels.triton.compile", "--json", "--cover", "sm_90"]
-    command += [part for target in ("sm_80", "sm_100", "gfx942") for part in ("--sample", target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr
-    return json.loads(done.stdout)
 
 
 def rows(report: dict, target: str, kernel: str = "") -> list[dict]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
-from .records import Constant, Dynamics, Epilogue, State
+from .records import Dynamics, Epilogue, State
 from .spikes import PackedSpikes, as_tensor, channels_last, pack, unpack
 
 
@@ -78,25 +78,30 @@ def fired(neuron: Dynamics, v: Tensor) -> Tensor:
     return (v >= neuron.threshold if neuron.comparator == ">=" else v > neuron.threshold).to(v.dtype)
 
 
-def step(neuron: Dynamics, v: Tensor, syn: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step: spikes, membrane and synaptic current."""
+def approached(neuron: Dynamics, v: Tensor, syn: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The membrane that is compared with the threshold, the synaptic current, and where a late reset acted."""
     same, hard = neuron.timing is ResetTiming.SAME_STEP, neuron.reset is Reset.HARD
-    threshold: Constant = neuron.threshold
     late = torch.zeros_like(v) if same else fired(neuron, v)
     if not same and hard and neuron.charge is Charge.DECAY:
         v = (1 - late) * v
     h, syn = charged(neuron, v, syn, x)
     if not same and neuron.reset is Reset.SOFT:
-        h = h - late * threshold
+        h = h - late * neuron.threshold
     elif not same and hard and neuron.charge is not Charge.DECAY:
         h = h - late * h
+    return h, syn, late
+
+
+def step(neuron: Dynamics, v: Tensor, syn: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step: spikes, membrane and synaptic current."""
+    h, syn, late = approached(neuron, v, syn, x)
     s = fired(neuron, h)
     if neuron.timing is ResetTiming.NEXT_STEP or neuron.reset is Reset.NONE:
         return s, h, syn
     due = s - late
     if neuron.reset is Reset.SOFT:
-        return s, h - due * threshold, syn
-    if same:
+        return s, h - due * neuron.threshold, syn
+    if neuron.timing is ResetTiming.SAME_STEP:
         return s, s * neuron.reset_value + (1 - s) * h, syn
     return s, h - due * h, syn
 

@@ -168,23 +168,20 @@ class NativeBlockOps:
         return out
 
     def max_pool(self, x: PackedSpikes, kernel: Any, stride: Any, padding: Any, dilation: Any) -> PackedSpikes:
-        pool = _pool(x, kernel, stride, padding, dilation)
-        size = spatial(tuple(pool.out_size))
+        pool, size = _pool(x.images, x.channels, x.size, kernel, stride, padding, dilation, False)
         bits = self.pool.take((x.images, math.prod(size), x.words), torch.int64)
         out = self._packed(bits, x.lead, x.channels, size, x.dims)
         engine.library().sf_max_pool(
-            *(ctypes.byref(pool), x.bits.data_ptr(), bits.data_ptr(), *_count_pointers(out)),
+            *(pool, x.bits.data_ptr(), bits.data_ptr(), *_count_pointers(out)),
             _threads(x.numel // WORD * math.prod(kernel)),
         )
         return out
 
     def avg_pool(self, x: PackedSpikes, kernel: Any, stride: Any, padding: Any, include_pad: bool) -> Tensor:
-        pool = _pool(x, kernel, stride, padding, (1, 1, 1))
-        pool.include_pad = include_pad
-        size = tuple(pool.out_size)
+        pool, size = _pool(x.images, x.channels, x.size, kernel, stride, padding, (1, 1, 1), include_pad)
         out = self.pool.take((x.images, math.prod(size), x.channels), torch.float32)
         bits, counts = _pointers(x)
-        engine.library().sf_avg_pool(ctypes.byref(pool), bits, counts, out.data_ptr(), _threads(x.numel))
+        engine.library().sf_avg_pool(pool, bits, counts, out.data_ptr(), _threads(x.numel))
         return as_tensor(out, (*x.lead, x.channels, *size[3 - x.dims :]), len(x.lead))
 
     def concat(self, parts: tuple[PackedSpikes, ...]) -> PackedSpikes:
@@ -359,13 +356,26 @@ def _rows(x: PackedSpikes) -> tuple[int, int]:
     return x.images * x.size[0] * x.size[1], x.size[2]
 
 
-def _pool(x: PackedSpikes, kernel: Any, stride: Any, padding: Any, dilation: Any) -> PoolStruct:
+Three = tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def _pool(
+    images: int,
+    channels: int,
+    size: Three,
+    kernel: Three,
+    stride: Three,
+    padding: Three,
+    dilation: Three,
+    include_pad: bool,
+) -> tuple[Any, Three]:
+    """Reference to the ``SfPool`` of a pooling, and the size of its output; made once."""
     three = ctypes.c_int64 * 3
-    sizes = zip(x.size, kernel, stride, padding, dilation, strict=True)
-    out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
-    return PoolStruct(
-        x.images, x.channels, *(three(*v) for v in (x.size, out, kernel, stride, padding, dilation)), False
-    )
+    sizes = zip(size, kernel, stride, padding, dilation, strict=True)
+    d, h, w = ((extent + 2 * p - n * (k - 1) - 1) // s + 1 for extent, k, s, p, n in sizes)
+    arguments = (three(*v) for v in (size, (d, h, w), kernel, stride, padding, dilation))
+    return ctypes.byref(PoolStruct(images, channels, *arguments, include_pad)), (d, h, w)
 
 
 def _pixels_of(images: int, channels: int, size: tuple[int, int, int]) -> ConvGeometry:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparseflow.kernels.base import Call, ConvCall, LinearCall, Refusal
 
 from .backend import TileConv, bind_all
+from .blocks.catalogue import launches as block_launches
 from .launch import Launch, recording
 from .weights import Packed
 
@@ -107,11 +108,15 @@ LAYERS = (
 
 
 def launches(only: str = "") -> Iterator[Launch]:
-    """Every launch of the layers whose name contains ``only``, for all dtypes, variants and weight packings."""
+    """Every launch of the layers whose name contains ``only``, for all dtypes, variants and weight packings.
+
+    Fused blocks come last, in float32 and once each; their names start with "block".
+    """
     for layer in LAYERS:
         if only in layer.name:
             for dtype in _DTYPES:
                 yield from layer_launches(layer, dtype)
+    yield from block_launches(only)
 
 
 def layer_launches(layer: Layer, dtype: torch.dtype) -> list[Launch]:

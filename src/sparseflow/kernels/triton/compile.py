@@ -47,6 +47,7 @@ _INSTRUCTIONS = {
     "mfma": r"\bv_mfma",
 }
 _SAMPLE = 24
+_FUSED_SAMPLE = 6
 _LABEL = re.compile(r"^\s*([$.]?\w+):")
 _BRANCH = re.compile(r"\b(?:bra|s_cbranch|s_branch)\S*\s+([$.]?\w+)")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -147,7 +148,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
             grid=launch.grid,
             num_warps=launch.warps,
             num_stages=launch.stages,
-            enable_fp_fusion=True,
+            enable_fp_fusion=launch.fp_fusion,
         )
     text = built.asm["ptx" if "ptx" in built.asm else "amdgcn"]
     usage = _nvidia_usage(built.asm["cubin"]) if "cubin" in built.asm else _amd_usage(text)
@@ -297,10 +298,18 @@ def _remarkable(built: Compiled | Failure) -> bool:
 
 
 def _jobs(options: argparse.Namespace, everything: list[Launch]) -> Iterator[tuple[Launch, str]]:
-    subset = covering(everything) if options.cover or options.sample else []
-    wanted = ((options.target, everything), (options.cover, subset), (options.sample, subset[:_SAMPLE]))
-    for targets, some in wanted:
-        yield from ((launch, target) for target in targets for launch in some)
+    """Fused blocks, which take long to compile, are covered apart from single layers, and fewer of them sampled."""
+    fused = [launch for launch in everything if _is_fused(launch)]
+    single = [launch for launch in everything if not _is_fused(launch)]
+    for some, sample in ((single, _SAMPLE), (fused, _FUSED_SAMPLE)):
+        subset = covering(some) if options.cover or options.sample else []
+        wanted = ((options.target, some), (options.cover, subset), (options.sample, subset[:sample]))
+        for targets, chosen in wanted:
+            yield from ((launch, target) for target in targets for launch in chosen)
+
+
+def _is_fused(launch: Launch) -> bool:
+    return ".blocks." in launch.kernel.fn.__module__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

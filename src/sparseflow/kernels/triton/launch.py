@@ -20,7 +20,11 @@ _records: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: a jit function, its grid, its run-time arguments and its compile-time constants."""
+    """One launch: a jit function, its grid, its run-time arguments and its compile-time constants.
+
+    ``fp_fusion`` lets the compiler fuse multiplications with additions. It is always said, since the default differs
+    between versions of Triton, and must be off where every operation has to be rounded on its own.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -28,6 +32,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    fp_fusion: bool = True
 
     def run(self) -> None:
         """Launch on the device of the arguments; nothing is launched for an empty grid."""
@@ -39,7 +44,7 @@ class Launch:
                 **self.constants,
                 num_warps=self.warps,
                 num_stages=self.stages,
-                enable_fp_fusion=True,  # pinned, since its default differs between versions of Triton
+                enable_fp_fusion=self.fp_fusion,
             )
 
 
@@ -47,12 +52,22 @@ def launch(
     kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, constants: dict[str, Any], **arguments: Argument
 ) -> None:
     """Run ``kernel``, or add it to the list that :func:`recording` gave."""
-    record = Launch(kernel, grid, arguments, constants, warps, stages)
+    _run_or_record(Launch(kernel, grid, arguments, constants, warps, stages))
+
+
+def launch_unfused(
+    kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, constants: dict[str, Any], **arguments: Argument
+) -> None:
+    """As :func:`launch`, with every operation rounded on its own."""
+    _run_or_record(Launch(kernel, grid, arguments, constants, warps, stages, fp_fusion=False))
+
+
+def _run_or_record(launch: Launch) -> None:
     records = _records.get()
     if records is None:
-        record.run()
+        launch.run()
     else:
-        records.append(record)
+        records.append(launch)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class BlockRun:
     def epilogue(self, residual: Any) -> Epilogue:
         """Scale, shift and residual of this call."""
         if self._affine is None:
-            self._affine = scale_and_shift(self.layer if self.geometry is not None else None, self.norm)
+            self._affine = scale_and_shift(self.layer, self.norm)
         if isinstance(residual, Tensor):
             residual = channels_last(residual, residual.dim() - 1 - len(self.block.layout.size))
         return Epilogue(*self._affine, residual)
@@ -122,23 +122,20 @@ class BlockRun:
                 weight = kernel_weight(self.layer, self.geometry)
                 packed = self._packed[variant] = self.ops.pack_weight(weight, self.geometry, variant)
             return self.ops.conv(x, packed, self.geometry, variant, epilogue, self.dynamics, state, steps)
-        sums = self._dense_sums(self.ops.unpack(x))
-        return self._after(sums, epilogue, state)
+        source = self.block.source.packed
+        assert source is not None
+        dense = self.ops.unpack(x).reshape(source.images, source.channels, *source.size)
+        return self._after(self._dense_sums(dense), epilogue, state)
 
     def _dense_sums(self, x: Tensor) -> Tensor:
-        """``[images, pixels, channels]`` of the dense layer without its bias."""
-        layer, source = self.layer, self.block.source.packed
-        assert source is not None
+        """``[images, pixels, channels]`` of the layer on dense images, without its bias."""
+        layer = self.layer
         if layer_kind(layer) == "linear":
-            flat = x.reshape(source.images, -1)
-            return F.linear(flat, layer.weight).unsqueeze(1)
+            return F.linear(x.reshape(-1, layer.in_features), layer.weight).unsqueeze(1)
         if self._dense_weight is None:
-            self._dense_weight = _channels_last_weight(layer.weight.detach())
-        x = x.reshape(source.images, source.channels, *source.size)
-        y = _CONVOLUTIONS[x.dim() - 2](
-            x, self._dense_weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
-        return channels_last(y, 1)
+            self._dense_weight = _in_channels_last(layer.weight.detach())
+        convolution, settings = _CONVOLUTIONS[x.dim() - 2], (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return channels_last(convolution(_in_channels_last(x), self._dense_weight, None, *settings), 1)
 
     def _after(self, sums: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
         if self.dynamics is None or state is None:
@@ -149,11 +146,17 @@ class BlockRun:
     def _on_dense(self, x: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
         if self.layer is not None:
             once = self._first_step(x)
-            x = self.layer(x if once is None else once)
-        elif self.block.steps > 1 and x.stride(0) == 0 and x.shape[0] == self.block.steps:
+            x = x if once is None else once
+            return self._after(self._dense_sums(self.images_of(x)), epilogue, state)
+        if self.block.steps > 1 and x.stride(0) == 0 and x.shape[0] == self.block.steps:
             x = x[:1]
         lead = x.dim() - 1 - len(self.block.layout.size)
         return self._after(channels_last(x, lead), epilogue, state)
+
+    def images_of(self, x: Tensor) -> Tensor:
+        """``[images, channels, *size]`` of the input of a convolution; that of a linear layer stays."""
+        rank = self.layer.weight.dim() - 1
+        return x.flatten(0, x.dim() - rank - 1) if rank > 1 and x.dim() > rank + 1 else x
 
     def _first_step(self, x: Tensor) -> Tensor | None:
         """The input of the first time step, if it is that of all of them (direct encoding)."""
@@ -205,6 +208,6 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _channels_last_weight(weight: Tensor) -> Tensor:
-    format = _FORMATS.get(weight.dim())
-    return weight.contiguous() if format is None else weight.contiguous(memory_format=format)
+def _in_channels_last(x: Tensor) -> Tensor:
+    format = _FORMATS.get(x.dim())
+    return x.contiguous() if format is None else x.contiguous(memory_format=format)

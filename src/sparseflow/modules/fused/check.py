@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseflow.kernels.base import ConvCall
+from sparseflow.graph.eligibility import layer_kind
+from sparseflow.kernels.base import ConvCall, LinearCall
 from sparseflow.kernels.blocks import reference
 from sparseflow.kernels.blocks.records import Dynamics, Epilogue
 from sparseflow.kernels.blocks.spikes import PackedSpikes, channels_last, unpack
+from sparseflow.kernels.functional import conv_call
 from sparseflow.kernels.reference import error_budget
 from sparseflow.neuron import Charge
 
@@ -50,11 +52,11 @@ def _magnitude(*terms: Tensor) -> Tensor:
 
 def _sums(block: BlockRun, source: Any) -> tuple[Tensor, Tensor]:
     """Float64 sums ``[images, pixels, channels]`` of the block's layer, and the error that float32 may make."""
-    if block.geometry is None or not isinstance(source, PackedSpikes):
-        dense = source if block.layer is None else block.layer(source)
-        lead = dense.dim() - 1 - len(block.block.layout.size)
-        sums = channels_last(dense, lead).double()
+    if block.layer is None:
+        sums = channels_last(source, source.dim() - 1 - len(block.block.layout.size)).double()
         return sums, torch.zeros_like(sums)
+    if block.geometry is None:
+        return _dense_layer(block, source)
     g, weight = block.geometry, kernel_weight(block.layer, block.geometry)
     x = unpack(source).reshape(source.images, source.channels, *source.size)
     pads = reference.padding_of(g)
@@ -62,6 +64,18 @@ def _sums(block: BlockRun, source: Any) -> tuple[Tensor, Tensor]:
     padded = F.pad(x, pads)
     budget = error_budget(padded, weight, None, call)
     return channels_last(call.dense(padded.double(), weight.double(), None), 1), channels_last(budget, 1)
+
+
+def _dense_layer(block: BlockRun, source: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a layer on a dense tensor."""
+    x, layer = block.images_of(source), block.layer
+    weight = layer.weight.detach()
+    if layer_kind(layer) == "linear":
+        exact, budget = F.linear(x.double(), weight.double()), error_budget(x, weight, None, LinearCall())
+        return exact.reshape(-1, 1, layer.out_features), budget.reshape(-1, 1, layer.out_features)
+    call = conv_call(x.dim() - 2, weight, layer.stride, layer.padding, layer.dilation, layer.groups)
+    exact = call.dense(x.double(), weight.double(), None)
+    return channels_last(exact, 1), channels_last(error_budget(x, weight, None, call), 1)
 
 
 def _double(epilogue: Epilogue) -> Epilogue:
@@ -84,7 +98,7 @@ def _excess_of_spikes(
     for t, (x, x_band) in enumerate(
         zip(currents.unflatten(0, (steps, -1)), band.unflatten(0, (steps, -1)), strict=True)
     ):
-        h, _ = reference.charged(neuron, v, syn, x)
+        h, _, _ = reference.approached(neuron, v, syn, x)
         s, v, syn = reference.step(neuron, v, syn, x)
         reach = reach + gain * x_band + _ROUNDINGS * torch.finfo(torch.float32).eps * _magnitude(h, x)
         wrong = (s != got[t]) & same

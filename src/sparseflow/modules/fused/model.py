@@ -74,6 +74,7 @@ class Fusion:
         self.plans: collections.OrderedDict[Any, Planned] = collections.OrderedDict()
         self.last: Planned | None = None
         self.why: Reason | None = None
+        self._ran: Program | None = None
         self._hooked: frozenset[str] = frozenset()
         self._seen_once: set[Any] = set()
         self._lock = threading.RLock()
@@ -95,12 +96,15 @@ class Fusion:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Callable[..., Any]
     ) -> Any:
         """What the model returns, by a fused plan if there is one for this call, else by ``otherwise``."""
-        if self.disabled or torch.compiler.is_compiling() or watched_by_others():
+        if torch.compiler.is_compiling():
             return otherwise(*args, **kwargs)
         if self._busy or not self._lock.acquire(blocking=False):  # planning, or another thread runs in the buffers
             return otherwise(*args, **kwargs)
         try:
-            program = self._program(model, args, kwargs)
+            program = None if self.disabled or watched_by_others() else self._program(model, args, kwargs)
+            if self._ran is not None and self._ran is not program:
+                self._ran.release()
+            self._ran = program
             if program is not None:
                 return program.run(args, kwargs)
         finally:
@@ -157,12 +161,12 @@ class Fusion:
 
     def _replan(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stale: Any) -> Planned | None:
         """A plan for what the model is now, once the same call has been seen twice."""
-        self.plans.pop(stale, None)
         self._hooked = frozenset(hooked(model))
         key = (stale[0], self._hooked)
         known = self.plans.get(key)
         if known is not None and known.holds():
             return known
+        self.plans.pop(key, None)
         if len(self._seen_once) > _MAX_PLANS:
             self._seen_once.clear()
         if key not in self._seen_once and not self.at_once:

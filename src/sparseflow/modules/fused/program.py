@@ -67,12 +67,19 @@ class Program:
         return env[self._result]
 
     def is_current(self) -> bool:
-        """Take note of weights that were written to or replaced; false where the plan cannot go on with the new ones."""
+        """Take note of weights that were written to or replaced; false where the plan cannot use the new ones."""
         if not self._watched.changed():
             return True
-        fits = self._watched.fits()
+        if not self._watched.fits():
+            return False
         self.refresh()
-        return fits
+        return True
+
+    def release(self) -> None:
+        """Have the neurons hold their states as the model's own forward would leave them."""
+        for block in self.blocks:
+            if block.memory is not None:
+                block.memory.release()
 
     def wants_gradients(self) -> bool:
         """Whether the memory of a neuron is part of an autograd graph that the call would extend."""
@@ -270,10 +277,12 @@ class _Arguments:
 
 
 def _is_foreign(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether ``node`` calls a module of the user's; others take tensors however they lie in memory."""
+    """Whether ``node`` calls a module or hook of the user's; others take tensors however they lie in memory."""
     if node.op != "call_module":
         return False
     module = modules[str(node.target)]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
     return layer_kind(module) is None and not type(module).__module__.startswith(_LENIENT)
 
 

@@ -84,6 +84,12 @@ class NeuronMemory:
         values = (self._read(name) for name in self.names)
         return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
+    def release(self) -> None:
+        """Leave contiguous copies in the neuron's attributes: forwards ask for views of what follows from its state."""
+        for name, slot in zip(self.names, self._slots, strict=True):
+            if self._read(name) is slot.view:
+                self._write(name, slot.view.contiguous())
+
     def peek(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copies of what :meth:`begin` would start from, in the order of the record."""
         values = [given[-1], *given[:-1]] if given else [self._read(name) for name in self.names]
