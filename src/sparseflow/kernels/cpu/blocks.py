@@ -90,6 +90,19 @@ class NativeBlockOps:
         _check(status)
         return result
 
+    def prepare(
+        self,
+        x: PackedSpikes,
+        packed: Tensor,
+        geometry: ConvGeometry,
+        variant: str,
+        epilogue: Epilogue,
+        neuron: Dynamics,
+        steps: int,
+    ) -> PreparedConv:
+        """:meth:`conv` for the very same buffers again and again, into a result of its own."""
+        return PreparedConv(x, packed, geometry, variant, epilogue, neuron, steps)
+
     def neuron(
         self,
         currents: Tensor,
@@ -272,6 +285,62 @@ class _Block:
         if constant is None or self._channels % _UNIT == 0:
             return constant
         return torch.nn.functional.pad(constant, (0, -self._channels % _UNIT))
+
+
+class PreparedConv:
+    """A block with a neuron whose every argument but the state is fixed.
+
+    Between two layers the caches hold weights, not Python's objects: what a call touches is what it costs.
+    """
+
+    def __init__(
+        self,
+        x: PackedSpikes,
+        packed: Tensor,
+        geometry: ConvGeometry,
+        variant: str,
+        epilogue: Epilogue,
+        neuron: Dynamics,
+        steps: int,
+    ):
+        block = _Block(BufferPool(), geometry.out_size, geometry.out_channels, x.images, steps, neuron)
+        state = State(torch.empty(0))
+        result = block.fill(epilogue, state, x.dims)
+        assert isinstance(result, PackedSpikes)
+        assert x.row_counts is not None
+        self.result, self._struct, self._neuron = result, block.struct, block.struct.neuron
+        self._kept = (block, x, packed, epilogue, neuron)
+        self._sparse = (block.pointer, x.bits.data_ptr(), x.row_counts.data_ptr())
+        self._weights = (None if x.counts is None else x.counts.data_ptr(), packed.data_ptr())
+        self._work = geometry.taps * (geometry.out_channels // geometry.groups), 4 * block.numel
+        self._numel = max(1, x.numel)
+        self._variant, self._geometry = variant, geometry
+        self._call = engine.library().sf_block_conv
+        self._structs: dict[int, Any] = {}
+
+    def __call__(self, state: State, residual: Tensor | None, nonzero: int) -> PackedSpikes:
+        """Run on what the buffers hold now; ``residual`` is the dense one of this call, if there is one."""
+        struct = self._struct
+        struct.v, struct.fresh = state.v.data_ptr(), state.fresh
+        self._neuron.start = state.start
+        if state.syn is not None:
+            struct.syn = state.syn.data_ptr()
+        struct.v_seq = None if state.v_seq is None else state.v_seq.data_ptr()
+        if residual is not None:
+            struct.residual = residual.data_ptr()
+        per_event, fixed = self._work
+        conv = self._structs.get(nonzero.bit_length()) or self._conv_struct(nonzero)
+        _check(self._call(conv, *self._sparse, *self._weights, engine.threads_for(nonzero * per_event + fixed)))
+        return self.result
+
+    def _conv_struct(self, nonzero: int) -> Any:
+        """The walk over the weights that suits a density; it decides in powers of two."""
+        bits = nonzero.bit_length()
+        density = min(1.0, 0.75 * 2**bits / self._numel)
+        fixed = resolve(_variant(self._variant), self._geometry, torch.float32, density)
+        struct = engine.conv_struct(self._geometry, fixed, torch.float32, x_channels_last=True, out_channels_last=True)
+        self._structs[bits] = struct
+        return struct
 
 
 class _NativeNeuron:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class BlockRun:
         self.geometry = geometry_of(block, self.layer) if block.source.packed and self.layer is not None else None
         self.stats = LayerStats()
         self.policy: Policy | None = None
+        self._can_prepare = hasattr(ops, "prepare")
         self.refresh()
 
     @property
@@ -63,6 +65,7 @@ class BlockRun:
         """Prepare weights anew at the next call."""
         self._affine: tuple[Tensor | None, Tensor | None] | None = None
         self._packed: dict[str, Any] = {}
+        self._prepared: Any = None
         self._dense_weight: Tensor | None = None
 
     def describe(self, plan: LayerPlan) -> LayerPlan:
@@ -79,11 +82,10 @@ class BlockRun:
     def __call__(self, source: Any, residual: Any, given: tuple[Any, ...]) -> Any:
         """The result: packed spikes, or a dense tensor where the block has no neuron."""
         state = self.memory.begin(given) if self.memory is not None else None
-        epilogue = self.epilogue(residual)
         if self.geometry is not None:
-            result = self._on_spikes(source, epilogue, state)
+            result = self._on_spikes(source, residual, state)
         else:
-            result = self._on_dense(source, epilogue, state)
+            result = self._on_dense(source, self.epilogue(residual), state)
         if self.memory is not None:
             self.memory.end()
         self.last_state = state
@@ -97,18 +99,37 @@ class BlockRun:
         """Scale, shift and residual of this call."""
         if self._affine is None:
             self._affine = scale_and_shift(self.layer, self.norm)
-        if isinstance(residual, Tensor):
-            residual = channels_last(residual, residual.dim() - 1 - len(self.block.layout.size))
-        return Epilogue(*self._affine, residual)
+        return Epilogue(*self._affine, self._flat(residual) if isinstance(residual, Tensor) else residual)
 
-    def _on_spikes(self, x: PackedSpikes, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
+    def _flat(self, residual: Tensor) -> Tensor:
+        """``[images, pixels, channels]`` of a dense residual."""
+        return channels_last(residual, residual.dim() - 1 - len(self.block.layout.size))
+
+    def _on_spikes(self, x: PackedSpikes, residual: Any, state: State | None) -> PackedSpikes | Tensor:
         assert self.policy is not None
-        nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
+        numel = x.numel
+        nonzero = int(x.nonzero) if x.nonzero is not None else numel
         self.stats.nonzero += nonzero
-        self.stats.numel += x.numel
-        sparse = self.policy.decide(nonzero / x.numel if x.numel else 0.0)
+        self.stats.numel += numel
+        sparse = self.policy.decide(nonzero / numel if numel else 0.0)
         self.stats.calls[Path.FUSED if sparse else Path.DENSE] += 1
-        return self.compute(x, self.policy.crossover.variant if sparse else None, epilogue, state)
+        if sparse and state is not None and self._can_prepare:
+            return self._run_prepared(x, residual, state, nonzero)
+        return self.compute(x, self.policy.crossover.variant if sparse else None, self.epilogue(residual), state)
+
+    def _run_prepared(self, x: PackedSpikes, residual: Any, state: State, nonzero: int) -> PackedSpikes:
+        """On events, by a call that was prepared for these buffers: a plan's buffers are the same at every call."""
+        buffers = (x.bits, x.row_counts, x.counts)
+        buffers += (residual.bits, residual.counts) if isinstance(residual, PackedSpikes) else (None, None)
+        prepared = self._prepared
+        if prepared is None or not all(map(operator.is_, prepared[0], buffers)):
+            assert self.policy is not None
+            packed = self._weight_for(self.policy.crossover.variant)
+            arguments = (packed, self.geometry, self.policy.crossover.variant, self.epilogue(residual), self.dynamics)
+            call = self.ops.prepare(x, *arguments, self.block.steps)  # type: ignore[attr-defined]
+            prepared = self._prepared = (buffers, call)
+        dense = self._flat(residual) if isinstance(residual, Tensor) else None
+        return prepared[1](state, dense, nonzero)
 
     def compute(
         self, x: PackedSpikes, variant: str | None, epilogue: Epilogue, state: State | None
@@ -117,15 +138,21 @@ class BlockRun:
         assert self.geometry is not None
         steps = self.block.steps
         if variant is not None:
-            packed = self._packed.get(variant)
-            if packed is None:
-                weight = kernel_weight(self.layer, self.geometry)
-                packed = self._packed[variant] = self.ops.pack_weight(weight, self.geometry, variant)
+            packed = self._weight_for(variant)
             return self.ops.conv(x, packed, self.geometry, variant, epilogue, self.dynamics, state, steps)
         source = self.block.source.packed
         assert source is not None
         dense = self.ops.unpack(x).reshape(source.images, source.channels, *source.size)
         return self._after(self._dense_sums(dense), epilogue, state)
+
+    def _weight_for(self, variant: str) -> Any:
+        """The layer's weight in the layout of ``variant``, packed once."""
+        assert self.geometry is not None
+        packed = self._packed.get(variant)
+        if packed is None:
+            weight = kernel_weight(self.layer, self.geometry)
+            packed = self._packed[variant] = self.ops.pack_weight(weight, self.geometry, variant)
+        return packed
 
     def _dense_sums(self, x: Tensor) -> Tensor:
         """``[images, pixels, channels]`` of the layer on dense images, without its bias."""

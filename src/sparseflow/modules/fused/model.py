@@ -102,14 +102,20 @@ class Fusion:
             return otherwise(*args, **kwargs)
         try:
             program = None if self.disabled or watched_by_others() else self._program(model, args, kwargs)
-            if self._ran is not None and self._ran is not program:
-                self._ran.release()
+            if self._ran is not program:
+                self.release()
             self._ran = program
             if program is not None:
                 return program.run(args, kwargs)
         finally:
             self._lock.release()
         return otherwise(*args, **kwargs)
+
+    def release(self) -> None:
+        """Have neurons hold their states as the model's own forward would leave them."""
+        if self._ran is not None:
+            self._ran.release()
+            self._ran = None
 
     def notes(self) -> tuple[str, ...]:
         """Lines for a report: what the plan of the last call is, and what stays outside its blocks."""
@@ -302,6 +308,7 @@ class FusedModel(nn.Module):
     _sparseflow_plain: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self.__dict__[ATTRIBUTE].release()
         _, _, *state = super().__reduce_ex__(2)  # of which the first two rebuild by a class nobody can import
         return _rebuild, (type(self)._sparseflow_plain,), *state
 
@@ -339,6 +346,7 @@ def remove(model: nn.Module) -> Fusion | None:
     """Undo :func:`install`; returns what was installed."""
     fusion = model.__dict__.pop(ATTRIBUTE, None)
     if fusion is not None:
+        fusion.release()
         model.__class__ = type(model)._sparseflow_plain  # type: ignore[attr-defined]
     return fusion
 
