@@ -48,6 +48,33 @@ def end_to_end() -> str:
     return _table(head, body)
 
 
+_FUSED_RUNS = ("eager", "eager channels_last", "compiled fp32", "compiled bf16", "level 1", "level 2")
+
+
+def fused() -> str:
+    """Whole models, dense and at both levels: medians, and level 2 over the fastest dense fp32 run that there is."""
+    rows = _load("fused.json")["rows"]
+    head = [
+        "network; ms a call",
+        "activity",
+        "density",
+        *_FUSED_RUNS,
+        "over best dense fp32",
+        "memory a call",
+        "same class",
+    ]
+    return _table(head, [_fused_row(row) for row in rows])
+
+
+def _fused_row(row: dict) -> list[str]:
+    times = [f"{row['ms'][name][1]:.1f}" if name in row["ms"] else "" for name in _FUSED_RUNS]
+    gain = f"{row['over']['best dense fp32']:.2f}x" if row["over"] else "red gate"
+    memory = {name: mb["call"] for name, mb in row.get("memory_mb", {}).items()}
+    share = f"{memory['level 2'] / memory['eager']:.2f}x" if memory.get("eager") else ""
+    agreement = row["gate"]["level 2"]["agreement"]
+    return [row["case"], row["activity"], f"{row['mean_density']:.1%}", *times, gain, share, f"{agreement:.1%}"]
+
+
 def density_sweep() -> str:
     """Single layers: speedup over the best dense fp32 by density, and the crossover."""
     rows = _load("density_sweep.json")["rows"]
@@ -150,6 +177,7 @@ def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]
 TABLES = {
     "cpu_kernels": cpu_kernels,
     "end_to_end": end_to_end,
+    "fused": fused,
     "density_sweep": density_sweep,
     "machine": machine,
     "occupancy": occupancy,

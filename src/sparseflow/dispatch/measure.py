@@ -139,7 +139,7 @@ class Bench:
                     continue
             started = time.perf_counter_ns()
             values = self.kernel.pack(self.weight, variant)
-            _wait_for(x.device)
+            wait_for(x.device)
             found[variant] = Packing(values, (time.perf_counter_ns() - started) / 1e6)
         if not found:
             raise UnusableKernelError(f"{type(failure).__name__}: {failure}") from failure
@@ -212,7 +212,8 @@ def enough(densities: Collection[float]) -> bool:
     return len(densities) > 1 or set(densities) == {0.0}
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Let a GPU finish what was launched, so that a clock on the wall sees it; at once on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

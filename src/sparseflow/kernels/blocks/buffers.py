@@ -24,24 +24,20 @@ class BufferPool:
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
         self._free: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
-        self._lent: set[int] = set()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor."""
         free = self._free.get((shape, dtype))
-        tensor = free.pop() if free else torch.empty(shape, dtype=dtype, device=self.device)
-        self._lent.add(id(tensor))
-        return tensor
+        return free.pop() if free else torch.empty(shape, dtype=dtype, device=self.device)
 
     def give(self, tensor: Tensor) -> None:
-        """Take back a tensor that :meth:`take` gave; any other is left to its owner."""
-        if id(tensor) not in self._lent:
-            return
-        self._lent.discard(id(tensor))
+        """Take back a tensor that :meth:`take` gave."""
         self._free.setdefault((tuple(tensor.shape), tensor.dtype), []).append(tensor)
 
     def give_spikes(self, spikes: PackedSpikes) -> None:
-        """Take back everything that packed spikes consist of."""
+        """Take back everything that packed spikes consist of, unless it belongs to somebody for good."""
+        if spikes.kept:
+            return
         for part in (spikes.bits, spikes.counts, spikes.row_counts, spikes.nonzero):
             if part is not None:
                 self.give(part)

@@ -13,7 +13,7 @@ from .records import BlockOps
 def block_ops(device: torch.device, backend: str, pool: BufferPool) -> tuple[BlockOps | None, str]:
     """The operations for ``device`` under ``backend=``; ``None`` and why where there are none."""
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        return _triton(device, pool)
+        return _triton(device)
     if device.type != "cpu":
         return None, f"fused blocks run on CPU and CUDA tensors, and these are on {device}"
     if backend == "torch":
@@ -27,7 +27,7 @@ def block_ops(device: torch.device, backend: str, pool: BufferPool) -> tuple[Blo
     return NativeBlockOps(pool), ""
 
 
-def _triton(device: torch.device, pool: BufferPool) -> tuple[BlockOps | None, str]:
+def _triton(device: torch.device) -> tuple[BlockOps | None, str]:
     unavailable = why_not_triton(device)
     if unavailable:
         return None, unavailable

@@ -29,6 +29,7 @@ class PackedSpikes:
         row_counts: int32 ``[images, D * H]``: nonzeros of every row of pixels, which is all that the next layer's first
             stage has to know on the CPU. ``None`` on a GPU, whose kernels look at the words of a tile themselves.
         nonzero: int64 ``[1]``, on the device of ``bits``: number of nonzeros, for the choice between sparse and dense.
+        kept: whether somebody writes into these very tensors at every call, so that they never go back to a pool.
     """
 
     bits: Tensor
@@ -39,6 +40,7 @@ class PackedSpikes:
     counts: Tensor | None = None
     row_counts: Tensor | None = None
     nonzero: Tensor | None = None
+    kept: bool = False
 
     @property
     def images(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 import weakref
@@ -308,7 +309,8 @@ class PreparedConv:
         result = block.fill(epilogue, state, x.dims)
         assert isinstance(result, PackedSpikes)
         assert x.row_counts is not None
-        self.result, self._struct, self._neuron = result, block.struct, block.struct.neuron
+        self.result, self._struct = dataclasses.replace(result, kept=True), block.struct
+        self._neuron = block.struct.neuron
         self._kept = (block, x, packed, epilogue, neuron)
         self._sparse = (block.pointer, x.bits.data_ptr(), x.row_counts.data_ptr())
         self._weights = (None if x.counts is None else x.counts.data_ptr(), packed.data_ptr())

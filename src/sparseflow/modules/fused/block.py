@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseflow.dispatch.blocks import block_crossover, block_key
 from sparseflow.dispatch.crossovers import RuntimeConfig
+from sparseflow.dispatch.measure import wait_for
 from sparseflow.dispatch.policy import Policy
 from sparseflow.dispatch.stats import LayerStats
 from sparseflow.frameworks import neuron_spec
@@ -107,15 +108,28 @@ class BlockRun:
 
     def _on_spikes(self, x: PackedSpikes, residual: Any, state: State | None) -> PackedSpikes | Tensor:
         assert self.policy is not None
-        numel = x.numel
-        nonzero = int(x.nonzero) if x.nonzero is not None else numel
-        self.stats.nonzero += nonzero
-        self.stats.numel += numel
+        if x.bits.is_cuda:
+            return self._on_device(x, residual, state)
+        numel, nonzero = x.numel, self._count(x)
         sparse = self.policy.decide(nonzero / numel if numel else 0.0)
         self.stats.calls[Path.FUSED if sparse else Path.DENSE] += 1
         if sparse and state is not None and self._can_prepare:
             return self._run_prepared(x, residual, state, nonzero)
         return self.compute(x, self.policy.crossover.variant if sparse else None, self.epilogue(residual), state)
+
+    def _count(self, x: PackedSpikes) -> int:
+        """The nonzeros of ``x``, noted for the report."""
+        nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
+        self.stats.nonzero += nonzero
+        self.stats.numel += x.numel
+        return nonzero
+
+    def _on_device(self, x: PackedSpikes, residual: Any, state: State | None) -> PackedSpikes | Tensor:
+        """On a GPU nobody waits for the count of this call: what planning saw decides."""
+        assert self.policy is not None
+        self.stats.calls[Path.FUSED if self.policy.sparse else Path.DENSE] += 1
+        variant = self.policy.crossover.variant if self.policy.sparse else None
+        return self.compute(x, variant, self.epilogue(residual), state)
 
     def _run_prepared(self, x: PackedSpikes, residual: Any, state: State, nonzero: int) -> PackedSpikes:
         """On events, by a call that was prepared for these buffers: a plan's buffers are the same at every call."""
@@ -194,6 +208,8 @@ class BlockRun:
         first = x[:size]
         if size == 1 and x.stride(0) == 0:
             return first
+        if x.is_cuda:  # comparing values would wait for the device
+            return None
         rest = x[size:]
         if not torch.equal(rest[:size], first):
             return None
@@ -217,9 +233,12 @@ class BlockRun:
         epilogue, state = self.epilogue(residual), self._scratch_state(like)
 
         def run(x: PackedSpikes, variant: str | None) -> object:
-            return self.compute(x, variant, epilogue, state)
+            result = self.compute(x, variant, epilogue, state)
+            wait_for(x.bits.device)
+            return result
 
         self.policy = Policy(block_crossover(self.name, key, variants, like, run, config))
+        self.policy.decide(self._count(like) / max(1, like.numel))
         self._packed = {v: packed for v, packed in self._packed.items() if v == self.policy.crossover.variant}
 
     def _scratch_state(self, like: PackedSpikes) -> State | None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from sparseflow.config import MeasureBudget
 from sparseflow.dispatch.crossovers import RuntimeConfig
-from sparseflow.dispatch.measure import fastest
+from sparseflow.dispatch.measure import fastest, wait_for
 from sparseflow.graph.fusion import fuse
 from sparseflow.graph.isolation import copied, isolated, without_sources
 from sparseflow.graph.readout import average_first
@@ -289,9 +289,10 @@ def _contest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pl
     assert program is not None
     with isolated(model):
         example = copied((args, kwargs))
+        device = program.device
         runs: dict[str, Callable[[], object]] = {
-            "fused": functools.partial(program.run, *example),
-            "layers": lambda: model(*example[0], **example[1]),
+            "fused": lambda: (program.run(*example), wait_for(device)),
+            "layers": lambda: (model(*example[0], **example[1]), wait_for(device)),
         }
         for run in runs.values():
             run()

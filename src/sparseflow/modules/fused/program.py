@@ -45,7 +45,7 @@ class Program:
         self._slots: dict[tuple[fx.Node, bool], int] = {}
         self._inputs: list[tuple[int, str, Any]] = []
         self._planning: RuntimeConfig | None = None
-        self._device = device
+        self.device = device
         actions = [self._bound(step) for step in fused.steps]
         released = self._last_reads()
         self._actions = [(a, released.get(i, ())) for i, a in enumerate(actions) if a is not None]
@@ -129,7 +129,7 @@ class Program:
         return self._bound_combine(step)
 
     def _bound_block(self, step: Block) -> Action:
-        block = BlockRun(step, self.modules, self.ops, self._device)
+        block = BlockRun(step, self.modules, self.ops, self.device)
         self.blocks.append(block)
         source, out = self._read(step.source), self.slot(step.out, step.makes_packed)
         residual = None if step.residual is None else self._read(step.residual)

@@ -1,0 +1,1 @@
+"""snnTorch's convolutional tutorial network, trained on scikit-learn's digits."""
