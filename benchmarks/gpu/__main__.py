@@ -20,7 +20,7 @@ import torch
 
 from sparseflow.bench.gpus import pick, visible
 
-from . import experiments, models, suite, sweep
+from . import blocks, experiments, models, suite, sweep
 from .identity import identity
 from .records import Journal
 from .runner import Budget, Cell, ordered, run_cells
@@ -33,7 +33,7 @@ _RESTART = 75
 
 def cells(timer: Timer, device: torch.device, only: str = "") -> list[Cell]:
     """Everything there is to measure whose name contains ``only``, the most important first."""
-    stages = (suite.cells(), *(stage.cells(timer, device) for stage in (experiments, sweep, models)))
+    stages = (suite.cells(), *(stage.cells(timer, device) for stage in (experiments, sweep, blocks, models)))
     return [cell for cell in ordered([cell for stage in stages for cell in stage]) if only in cell.name]
 
 
