@@ -196,7 +196,7 @@ bool run_linear() {
 
 int main() {
   int runs = 0;
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512vbmi"}) {
     if (sf_select(isa) == nullptr) continue;
     for (int i = 0; i < 400; i++, runs++) {
       const uint64_t seed = state;

@@ -23,7 +23,7 @@ DENSITIES = st.sampled_from([0.0, 0.01, 0.05, 0.2, 0.6, 1.0])
 VALUES = st.sampled_from(["binary", "binary", "integer", "graded"])
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"], scope="module")
+@pytest.fixture(params=["avx512vbmi", "avx512", "avx2", "portable"], scope="module")
 def isa(request):
     try:
         engine.select_isa(request.param)
@@ -35,7 +35,7 @@ def isa(request):
 
 def poison_workspace():
     """Scratch memory of this thread becomes NaN, so that a sum that starts from it shows."""
-    engine._library().sf_poison_workspace(0xFF)
+    engine.library().sf_poison_workspace(0xFF)
 
 
 def randn(*shape, seed, dtype):

@@ -51,7 +51,7 @@ def ops():
     return blocks.NativeBlockOps(SpoiledPool())
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"], scope="module")
+@pytest.fixture(params=["avx512vbmi", "avx512", "avx2", "portable"], scope="module")
 def isa(request):
     try:
         engine.select_isa(request.param)

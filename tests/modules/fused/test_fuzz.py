@@ -13,9 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import sparseflow
 from sparseflow.dispatch.policy import Policy
+from sparseflow.graph.stepping import reset
 
 from .nets import assert_equal, fresh, on_grid, states
 from .random_nets import Drawn, Recipe, recipes
@@ -46,14 +48,8 @@ def called(model, x):
     x = x.clone()
     with torch.no_grad():
         found = fresh(model(x))
-    return [*torch.utils._pytree.tree_leaves(found), *states(model).values(), x]
-
-
-def reset(model):
-    for module in model.modules():
-        for name in ("reset", "reset_mem"):
-            if hasattr(module, name):
-                getattr(module, name)()
+    remembered = [state.contiguous() for state in states(model).values()]
+    return [*tree_leaves(found), *remembered, x]
 
 
 @CASES
