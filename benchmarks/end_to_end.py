@@ -73,7 +73,7 @@ def _resnet18(x: Tensor) -> nn.Module:
 def run(case: Case, repeats: int, with_compile: bool) -> dict:
     """Times in ms, answers and the report of one case."""
     fresh_compiler()
-    net = sparseflow.accelerate(case.build(), case.inputs[0])
+    net = sparseflow.accelerate(case.build(), case.inputs[0], fuse=False)
     with torch.no_grad():
         with sparseflow.verify(net) as watch:
             ours = [_logits(net, x) for x in case.inputs]
@@ -83,7 +83,7 @@ def run(case: Case, repeats: int, with_compile: bool) -> dict:
         runs = {name: Call(other, case.inputs, dtype) for name, other, dtype in baselines(case, with_compile)}
         runs["sparseflow"] = Call(net, case.inputs, torch.float32)
         if with_compile:
-            twin = sparseflow.accelerate(case.build(), case.inputs[0])
+            twin = sparseflow.accelerate(case.build(), case.inputs[0], fuse=False)
             runs["sparseflow compiled"] = Call(compiled(twin, case.inputs[0]), case.inputs, torch.float32)
         alternate(runs, 3)
         times = {name: quantiles(values) for name, values in alternate(runs, repeats).items()}

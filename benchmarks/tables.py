@@ -52,27 +52,67 @@ _FUSED_RUNS = ("eager", "eager channels_last", "compiled fp32", "compiled bf16",
 
 
 def fused() -> str:
-    """Whole models, dense and at both levels: medians, and level 2 over the fastest dense fp32 run that there is."""
+    """Whole models, dense and at both levels: medians, and level 2 over the better eager and over the compiled one."""
     rows = _load("fused.json")["rows"]
     head = [
         "network; ms a call",
         "activity",
         "density",
         *_FUSED_RUNS,
-        "over best dense fp32",
-        "memory a call",
+        "over eager",
+        "over compiled fp32",
+        "memory",
         "same class",
     ]
     return _table(head, [_fused_row(row) for row in rows])
 
 
+def fused_flips() -> str:
+    """Spikes that differ from the float64 network, and how far its membrane was from the threshold there."""
+    rows = [row for row in _load("fused.json")["rows"] if row["green"]]
+    decades = list(rows[0]["gate"]["level 2"]["distances"])
+    shown = [decade for decade in decades if any(_flips(row, name)[decade] for row in rows for name in _JUDGED)]
+    head = ["network", "run", "spikes compared", "flips", *shown]
+    return _table(head, [_flip_row(row, name, shown) for row in rows for name in _JUDGED])
+
+
+_JUDGED = ("dense", "level 2")
+
+
+def _flips(row: dict, name: str) -> dict[str, int]:
+    return row["gate"][name]["distances"]
+
+
+def _flip_row(row: dict, name: str, decades: list[str]) -> list[str]:
+    gate = row["gate"][name]
+    counts = [str(gate["distances"][decade] or "") for decade in decades]
+    outputs, flips = sum(gate["outputs"].values()), sum(gate["flips"].values())
+    return [row["case"], name, f"{outputs:,}", f"{flips:,}", *counts]
+
+
+def fused_machine() -> str:
+    """Where the fused networks were measured."""
+    return _environment("fused.json")
+
+
 def _fused_row(row: dict) -> list[str]:
     times = [f"{row['ms'][name][1]:.1f}" if name in row["ms"] else "" for name in _FUSED_RUNS]
-    gain = f"{row['over']['best dense fp32']:.2f}x" if row["over"] else "red gate"
-    memory = {name: mb["call"] for name, mb in row.get("memory_mb", {}).items()}
+    ms = {name: times[1] for name, times in row["ms"].items()}
+    eager = f"{min(ms['eager'], ms['eager channels_last']) / ms['level 2']:.2f}x" if ms else "red gate"
+    compiled = f"{ms['compiled fp32'] / ms['level 2']:.2f}x" if "compiled fp32" in ms else ""
+    memory = {name: mb["resident"] + mb["call"] for name, mb in row.get("memory_mb", {}).items()}
     share = f"{memory['level 2'] / memory['eager']:.2f}x" if memory.get("eager") else ""
     agreement = row["gate"]["level 2"]["agreement"]
-    return [row["case"], row["activity"], f"{row['mean_density']:.1%}", *times, gain, share, f"{agreement:.1%}"]
+    return [
+        row["case"],
+        row["activity"],
+        f"{row['mean_density']:.1%}",
+        *times,
+        eager,
+        compiled,
+        share,
+        f"{agreement:.1%}",
+    ]
 
 
 def density_sweep() -> str:
@@ -117,8 +157,12 @@ def occupancy() -> str:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
-    env = _load("density_sweep.json")["environment"]
+    """What the other figures were measured on."""
+    return _environment("density_sweep.json")
+
+
+def _environment(results: str) -> str:
+    env = _load(results)["environment"]
     names = ("cpu", "cores", "threads", "engine", "torch", "spikingjelly", "python", "sparseflow", "commit")
     return _table(["", "value"], [[name, str(env.get(name, ""))] for name in names])
 
@@ -178,6 +222,8 @@ TABLES = {
     "cpu_kernels": cpu_kernels,
     "end_to_end": end_to_end,
     "fused": fused,
+    "fused_machine": fused_machine,
+    "fused_flips": fused_flips,
     "density_sweep": density_sweep,
     "machine": machine,
     "occupancy": occupancy,

@@ -132,6 +132,7 @@ class Drawn(nn.Module):
     def __init__(self, recipe: Recipe, example: Tensor) -> None:
         super().__init__()
         self.recipe, self.parts, self.building = recipe, nn.ModuleDict(), True
+        self.chosen: dict[str, str] = {}
         with torch.no_grad():
             self(example)
         self.building = False
@@ -167,6 +168,13 @@ class Drawn(nn.Module):
             self.parts[name] = make()
         return self.parts[name]
 
+    def earlier(self, name: str, kinds: tuple[type, ...], distance: int) -> Any:
+        """One of the modules that there were when stage ``name`` was first walked through."""
+        if self.building and name not in self.chosen:
+            found = [n for n, m in self.parts.items() if isinstance(m, kinds)]
+            self.chosen[name] = found[max(0, len(found) - distance)]
+        return self.parts[self.chosen[name]]
+
     def back(self, history: list[_Value], distance: int) -> _Value:
         return history[max(0, len(history) - 1 - distance)]
 
@@ -192,8 +200,7 @@ class Drawn(nn.Module):
 
     def _again(self, name, history, states, distance):
         """A layer that was there before."""
-        layers = [m for m in self.parts.values() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        module, x = layers[max(0, len(layers) - distance)], history[-1].tensor
+        module, x = self.earlier(name, (nn.Conv2d, nn.Linear), distance), history[-1].tensor
         image, channels = isinstance(module, nn.Conv2d), module.weight.shape[1]
         if history[-1].depth > 0 or x.dim() != self.lead + (3 if image else 1) or x.shape[self.lead] != channels:
             return None
@@ -220,8 +227,8 @@ class Drawn(nn.Module):
         return self.fire(name, history[-1].tensor, states)
 
     def _same_neuron(self, name, history, states, distance):
-        names = [n for n in self.parts if n.startswith("neuron")]
-        return self.fire(names[max(0, len(names) - distance)], history[-1].tensor, states)
+        node = self.earlier(name, (neuron.BaseNode, snntorch.SpikingNeuron), distance)
+        return self.fire(next(n for n, m in self.parts.items() if m is node), history[-1].tensor, states)
 
     def fire(self, name: str, x: Any, states: dict[str, Any]) -> _Value:
         module: Any = self.parts[name]

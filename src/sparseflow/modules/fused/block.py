@@ -240,6 +240,8 @@ class BlockRun:
         self.policy = Policy(block_crossover(self.name, key, variants, like, run, config))
         self.policy.decide(self._count(like) / max(1, like.numel))
         self._packed = {v: packed for v, packed in self._packed.items() if v == self.policy.crossover.variant}
+        if self.policy.sparse:
+            self._dense_weight = None  # measured with, and perhaps never needed again
 
     def _scratch_state(self, like: PackedSpikes) -> State | None:
         if self.dynamics is None or self.geometry is None:

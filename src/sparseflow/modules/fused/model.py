@@ -214,6 +214,8 @@ class Fusion:
         planned = Planned(program, Guard(model, fused, self._hooked))
         if self.config.mode == "auto":
             _contest(model, args, kwargs, planned)
+        if planned.program is not None:
+            _forget_packed(model, planned.program)
         return planned
 
     @contextlib.contextmanager
@@ -281,6 +283,14 @@ def _fused_graph(
     average_first(model, graph, example_values(model, graph, args, kwargs), whole)
     values = example_values(model, graph, args, kwargs)
     return fuse(model, graph, values, excluded, whole)
+
+
+def _forget_packed(model: nn.Module, program: Program) -> None:
+    """Drop the packed weights of layers that the plan computes; they are packed anew if they run on their own."""
+    found = runtimes(model)
+    for block in program.blocks:
+        if block.block.layer in found:
+            found[block.block.layer].refresh(block.layer.weight)
 
 
 def _contest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], planned: Planned) -> None:
