@@ -144,6 +144,7 @@ def leaky():
 
 
 def smooth(node):
+    node.surrogate_function = copy.deepcopy(node.surrogate_function)  # the default is one object for all neurons
     node.surrogate_function.spiking = False
 
 
