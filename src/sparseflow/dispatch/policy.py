@@ -64,13 +64,19 @@ class Policy:
 
     def decide(self, load: float) -> bool:
         """Whether sparse runs, given the load (on the crossover's axis) of its input; remembers the answer."""
-        limit = self.crossover.density * (1 + HYSTERESIS if self.sparse else 1 - HYSTERESIS)
-        self.sparse = load <= min(limit, 1.0) and not self.never
+        self.sparse = load <= self._limit() and not self.never
         if self.sparse:
             self._looks.reset()
         else:
             self._looks.back_off()
         return self.sparse
+
+    def most(self, numel: int) -> int:
+        """How many of ``numel`` values may be nonzero for sparse to go on running; -1 while dense runs."""
+        return math.floor(self._limit() * numel) if self.sparse and not self.never else -1
+
+    def _limit(self) -> float:
+        return min(1.0, self.crossover.density * (1 + HYSTERESIS if self.sparse else 1 - HYSTERESIS))
 
     def relative_time(self, load: float) -> float:
         """Predicted sparse time at ``load`` as a share of the dense time; 0 where nothing was measured."""

@@ -67,7 +67,7 @@ def threads(request):
     patch, before = pytest.MonkeyPatch(), torch.get_num_threads()
     torch.set_num_threads(request.param)
     if request.param > 1:
-        patch.setattr(engine, "_MIN_PARALLEL_WORK", 0)
+        patch.setattr(engine, "MIN_PARALLEL_WORK", 0)
         patch.setattr(blocks, "_MIN_PARALLEL_NEURONS", 0)
     yield request.param
     patch.undo()

@@ -317,7 +317,7 @@ def test_threads_that_call_at_once():
     def work():
         try:
             for batch in (2, 2, 1, 3, 2):
-                together.wait(30)
+                together.wait(300)
                 for _ in range(5):
                     outputs(ours, features(4, batch))
         except Exception as error:

@@ -19,7 +19,8 @@ from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
 from . import engine
-from .records import BlockStruct, NeuronStruct, PoolStruct, Structure, Variant
+from .chain import NativeChain
+from .records import BlockStruct, LinkStruct, NeuronStruct, PoolStruct, Structure, Variant
 from .schedule import resolve
 
 _CHARGES = {charge: i for i, charge in enumerate(Charge)}
@@ -98,11 +99,15 @@ class NativeBlockOps:
         geometry: ConvGeometry,
         variant: str,
         epilogue: Epilogue,
-        neuron: Dynamics,
+        neuron: Dynamics | None,
         steps: int,
     ) -> PreparedConv:
         """:meth:`conv` for the very same buffers again and again, into a result of its own."""
         return PreparedConv(x, packed, geometry, variant, epilogue, neuron, steps)
+
+    def chain(self, size: int) -> NativeChain:
+        """Room for so many prepared blocks that run in one call."""
+        return NativeChain(size)
 
     def neuron(
         self,
@@ -289,9 +294,11 @@ class _Block:
 
 
 class PreparedConv:
-    """A block with a neuron whose every argument but the state is fixed.
+    """A block on packed spikes with all that does not change between calls laid out for the engine.
 
-    Between two layers the caches hold weights, not Python's objects: what a call touches is what it costs.
+    Between two layers the caches hold weights, not Python's objects: what a call touches is what it costs. The result
+    lies in the same memory at every call. Several run in one call as a
+    :class:`~sparseflow.kernels.cpu.chain.NativeChain`.
     """
 
     def __init__(
@@ -301,48 +308,69 @@ class PreparedConv:
         geometry: ConvGeometry,
         variant: str,
         epilogue: Epilogue,
-        neuron: Dynamics,
+        neuron: Dynamics | None,
         steps: int,
     ):
         block = _Block(BufferPool(), geometry.out_size, geometry.out_channels, x.images, steps, neuron)
-        state = State(torch.empty(0))
+        state = None if neuron is None else State(torch.empty(0))
         result = block.fill(epilogue, state, x.dims)
-        assert isinstance(result, PackedSpikes)
-        assert x.row_counts is not None
-        self.result, self._struct = dataclasses.replace(result, kept=True), block.struct
-        self._neuron = block.struct.neuron
-        self._kept = (block, x, packed, epilogue, neuron)
-        self._sparse = (block.pointer, x.bits.data_ptr(), x.row_counts.data_ptr())
-        self._weights = (None if x.counts is None else x.counts.data_ptr(), packed.data_ptr())
-        self._work = geometry.taps * (geometry.out_channels // geometry.groups), 4 * block.numel
-        self._numel = max(1, x.numel)
-        self._variant, self._geometry = variant, geometry
-        self._call = engine.library().sf_block_conv
+        self.result = dataclasses.replace(result, kept=True) if isinstance(result, PackedSpikes) else result
+        self._struct = block.struct
+        self._x: PackedSpikes | None = None
+        self._added: PackedSpikes | None = None
+        self._kept = (block, packed, neuron, epilogue.scale, epilogue.shift)
+        self._convs = (ctypes.c_void_p * 65)()
+        self._variant, self._geometry, self._numel = variant, geometry, max(1, x.numel)
         self._structs: dict[int, Any] = {}
+        self.link = LinkStruct(
+            convs=ctypes.addressof(self._convs),
+            block=ctypes.addressof(block.struct),
+            packed=packed.data_ptr(),
+            most=self._numel,
+            event_work=geometry.taps * (geometry.out_channels // geometry.groups),
+            fixed_work=4 * block.numel,
+        )
 
-    def __call__(self, state: State, residual: Tensor | None, nonzero: int) -> PackedSpikes:
-        """Run on what the buffers hold now; ``residual`` is the dense one of this call, if there is one."""
-        struct = self._struct
-        struct.v, struct.fresh = state.v.data_ptr(), state.fresh
-        self._neuron.start = state.start
-        if state.syn is not None:
-            struct.syn = state.syn.data_ptr()
-        struct.v_seq = None if state.v_seq is None else state.v_seq.data_ptr()
-        if residual is not None:
-            struct.residual = residual.data_ptr()
-        per_event, fixed = self._work
-        conv = self._structs.get(nonzero.bit_length()) or self._conv_struct(nonzero)
-        _check(self._call(conv, *self._sparse, *self._weights, engine.threads_for(nonzero * per_event + fixed)))
+    def bind(self, x: PackedSpikes, residual: PackedSpikes | Tensor | None, state: State | None) -> None:
+        """Point to what this call reads and to the memory of its neuron. ``residual`` as an epilogue has it."""
+        if x is not self._x:
+            self._read(x)
+        if isinstance(residual, Tensor):  # must outlive the call, and no more
+            self._struct.residual = residual.data_ptr()
+        elif residual is not None and residual is not self._added:
+            self._struct.residual_bits, self._struct.residual_counts = _pointers(residual)
+            self._added = residual
+        if state is not None:
+            struct = self._struct
+            struct.v, struct.fresh, struct.neuron.start = state.v.data_ptr(), state.fresh, state.start
+            struct.syn = None if state.syn is None else state.syn.data_ptr()
+            struct.v_seq = None if state.v_seq is None else state.v_seq.data_ptr()
+
+    def _read(self, x: PackedSpikes) -> None:
+        assert x.row_counts is not None
+        assert x.nonzero is not None
+        link = self.link
+        link.bits, link.row_counts, link.nonzero = x.bits.data_ptr(), x.row_counts.data_ptr(), x.nonzero.data_ptr()
+        link.counts = None if x.counts is None else x.counts.data_ptr()
+        self._x = x
+
+    def __call__(
+        self, x: PackedSpikes, residual: PackedSpikes | Tensor | None, state: State | None, nonzero: int
+    ) -> PackedSpikes | Tensor:
+        """Run on ``x``, which has ``nonzero`` spikes."""
+        self.bind(x, residual, state)
+        if not self._convs[nonzero.bit_length()]:
+            self._make_conv(nonzero.bit_length())
+        engine.run_links(ctypes.byref(self.link), 1)
         return self.result
 
-    def _conv_struct(self, nonzero: int) -> Any:
+    def _make_conv(self, bits: int) -> None:
         """The walk over the weights that suits a density; it decides in powers of two."""
-        bits = nonzero.bit_length()
         density = min(1.0, 0.75 * 2**bits / self._numel)
         fixed = resolve(_variant(self._variant), self._geometry, torch.float32, density)
         struct = engine.conv_struct(self._geometry, fixed, torch.float32, x_channels_last=True, out_channels_last=True)
         self._structs[bits] = struct
-        return struct
+        self._convs[bits] = ctypes.cast(struct, ctypes.c_void_p)
 
 
 class _NativeNeuron:

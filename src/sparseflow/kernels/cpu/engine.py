@@ -54,7 +54,7 @@ __all__ = [
 
 _SAMPLES = 32  # elements that weights_match compares
 # Elements of input plus additions below which waking other threads costs more than it saves (about 10 us).
-_MIN_PARALLEL_WORK = 1 << 18
+MIN_PARALLEL_WORK = 1 << 18
 
 # ---- availability --------------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ def _compute(
 
 def threads_for(work: int) -> int:
     """Threads worth waking for this many additions."""
-    return torch.get_num_threads() if work >= _MIN_PARALLEL_WORK else 1
+    return torch.get_num_threads() if work >= MIN_PARALLEL_WORK else 1
 
 
 # ---- layouts and parameter structures ------------------------------------------------------------------------------
@@ -309,6 +309,14 @@ def _five_dims(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, A
     ones, zeros = [1] * (5 - len(shape)), [0] * (5 - len(shape))
     five = ctypes.c_int64 * 5
     return five(*shape[:2], *ones, *shape[2:]), five(*strides[:2], *zeros, *strides[2:])
+
+
+def run_links(links: Any, n: int) -> int:
+    """Run up to ``n`` blocks from an array of ``SfLink``; returns how many ran. See :mod:`.chain`."""
+    ran = library().sf_chain(links, n, torch.get_num_threads(), MIN_PARALLEL_WORK)
+    if ran < 0:
+        raise MemoryError("the native engine could not allocate its workspace")
+    return ran
 
 
 def conv_struct(

@@ -14,7 +14,7 @@ import torch  # noqa: F401  (must be loaded first: the engine then shares torch'
 
 from . import build
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _log = logging.getLogger("sparseflow")
 
 
@@ -83,6 +83,9 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_conv": (integer, [pointer] * 7 + [integer, integer]),
         "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
         "sf_block_conv": (integer, [pointer] * 6 + [integer]),
+        "sf_chain": (size, [pointer, size, integer, size]),
+        "sf_watch": (None, [pointer, size]),
+        "sf_watched_hold": (integer, [pointer, size, size]),
         "sf_block_dense": (integer, [pointer] * 2 + [integer]),
         "sf_unpack": (None, [pointer] * 2 + [size, size, pointer, integer]),
         "sf_add": (None, [pointer] * 4 + [size] * 3 + [pointer] * 4 + [integer]),

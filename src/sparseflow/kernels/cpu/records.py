@@ -56,6 +56,27 @@ class BlockStruct(ctypes.Structure):
     ]
 
 
+class LinkStruct(ctypes.Structure):
+    """``SfLink`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("convs", "block", "bits", "row_counts", "counts", "packed", "nonzero")),
+        *((name, ctypes.c_int64) for name in ("most", "event_work", "fixed_work", "seen")),
+    ]
+
+
+class WatchedStruct(ctypes.Structure):
+    """``SfWatched`` of abi.h."""
+
+    PIECE, SAMPLES = 32, 8
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "at", "size")),
+        ("piece", ctypes.c_char * PIECE),
+        ("samples", ctypes.c_char * (4 * SAMPLES)),
+    ]
+
+
 class PoolStruct(ctypes.Structure):
     """``SfPool`` of abi.h."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
@@ -31,9 +30,12 @@ class BlockRun:
 
     A block on packed spikes runs event-driven up to its measured crossover, and above it a dense convolution in front
     of the same neuron. A block on a dense tensor runs its layer, once where all time steps are equal, and the neuron.
+    ``private`` says of a dense result that only other blocks read it.
     """
 
-    def __init__(self, block: Block, modules: dict[str, nn.Module], ops: BlockOps, device: torch.device):
+    def __init__(
+        self, block: Block, modules: dict[str, nn.Module], ops: BlockOps, device: torch.device, *, private: bool = False
+    ):
         self.block, self.ops = block, ops
         self.layer: Any = modules[block.layer] if block.layer else None
         self.norm: Any = modules[block.norm] if block.norm else None
@@ -42,7 +44,8 @@ class BlockRun:
         self.geometry = geometry_of(block, self.layer) if block.source.packed and self.layer is not None else None
         self.stats = LayerStats()
         self.policy: Policy | None = None
-        self._can_prepare = hasattr(ops, "prepare")
+        # A result that outlives the call, as a dense one may, cannot lie in the same memory at every call.
+        self._can_prepare = hasattr(ops, "prepare") and (self.dynamics is not None or private)
         self.refresh()
 
     @property
@@ -66,8 +69,13 @@ class BlockRun:
         """Prepare weights anew at the next call."""
         self._affine: tuple[Tensor | None, Tensor | None] | None = None
         self._packed: dict[str, Any] = {}
-        self._prepared: Any = None
+        self.prepared: Any = None
         self._dense_weight: Tensor | None = None
+
+    @property
+    def can_chain(self) -> bool:
+        """Whether the block can be part of a :class:`~sparseflow.modules.fused.chain.Chain`."""
+        return self.geometry is not None and self._can_prepare
 
     def describe(self, plan: LayerPlan) -> LayerPlan:
         """``plan``, of the block's layer, as it runs here."""
@@ -82,11 +90,19 @@ class BlockRun:
 
     def __call__(self, source: Any, residual: Any, given: tuple[Any, ...]) -> Any:
         """The result: packed spikes, or a dense tensor where the block has no neuron."""
-        state = self.memory.begin(given) if self.memory is not None else None
+        state = self.begin(given)
         if self.geometry is not None:
             result = self._on_spikes(source, residual, state)
         else:
             result = self._on_dense(source, self.epilogue(residual), state)
+        return self.end(state, result)
+
+    def begin(self, given: tuple[Any, ...]) -> State | None:
+        """The state that the neuron starts from."""
+        return self.memory.begin(given) if self.memory is not None else None
+
+    def end(self, state: State | None, result: PackedSpikes | Tensor) -> PackedSpikes | Tensor:
+        """Leave the state in the neuron; the result as the graph knows it."""
         if self.memory is not None:
             self.memory.end()
         self.last_state = state
@@ -100,29 +116,30 @@ class BlockRun:
         """Scale, shift and residual of this call."""
         if self._affine is None:
             self._affine = scale_and_shift(self.layer, self.norm)
-        return Epilogue(*self._affine, self._flat(residual) if isinstance(residual, Tensor) else residual)
+        return Epilogue(*self._affine, self.flat(residual))
 
-    def _flat(self, residual: Tensor) -> Tensor:
-        """``[images, pixels, channels]`` of a dense residual."""
+    def flat(self, residual: Any) -> Any:
+        """A dense residual as ``[images, pixels, channels]``."""
+        if not isinstance(residual, Tensor):
+            return residual
         return channels_last(residual, residual.dim() - 1 - len(self.block.layout.size))
 
     def _on_spikes(self, x: PackedSpikes, residual: Any, state: State | None) -> PackedSpikes | Tensor:
         assert self.policy is not None
         if x.bits.is_cuda:
             return self._on_device(x, residual, state)
-        numel, nonzero = x.numel, self._count(x)
-        sparse = self.policy.decide(nonzero / numel if numel else 0.0)
-        self.stats.calls[Path.FUSED if sparse else Path.DENSE] += 1
-        if sparse and state is not None and self._can_prepare:
+        nonzero = _spikes_of(x)
+        sparse = self.policy.decide(nonzero / x.numel if x.numel else 0.0)
+        self._count(x.numel, nonzero, sparse)
+        if sparse and self._can_prepare:
             return self._run_prepared(x, residual, state, nonzero)
         return self.compute(x, self.policy.crossover.variant if sparse else None, self.epilogue(residual), state)
 
-    def _count(self, x: PackedSpikes) -> int:
-        """The nonzeros of ``x``, noted for the report."""
-        nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
+    def _count(self, numel: int, nonzero: int, sparse: bool) -> None:
+        """Note for the report what a call saw and did."""
         self.stats.nonzero += nonzero
-        self.stats.numel += x.numel
-        return nonzero
+        self.stats.numel += numel
+        self.stats.calls[Path.FUSED if sparse else Path.DENSE] += 1
 
     def _on_device(self, x: PackedSpikes, residual: Any, state: State | None) -> PackedSpikes | Tensor:
         """On a GPU nobody waits for the count of this call: what planning saw decides."""
@@ -131,19 +148,25 @@ class BlockRun:
         variant = self.policy.crossover.variant if self.policy.sparse else None
         return self.compute(x, variant, self.epilogue(residual), state)
 
-    def _run_prepared(self, x: PackedSpikes, residual: Any, state: State, nonzero: int) -> PackedSpikes:
-        """On events, by a call that was prepared for these buffers: a plan's buffers are the same at every call."""
-        buffers = (x.bits, x.row_counts, x.counts)
-        buffers += (residual.bits, residual.counts) if isinstance(residual, PackedSpikes) else (None, None)
-        prepared = self._prepared
-        if prepared is None or not all(map(operator.is_, prepared[0], buffers)):
+    # ---- prepared calls
+
+    @property
+    def most_spikes(self) -> int:
+        """Nonzeros of the input up to which the prepared call may run; -1 without one, and while the block is dense."""
+        return -1 if self.prepared is None or self.policy is None else self.policy.most(self._numel)
+
+    def note(self, nonzero: int) -> None:
+        """The prepared call ran, as part of a chain, on so many spikes."""
+        self._count(self._numel, nonzero, sparse=True)
+
+    def _run_prepared(self, x: PackedSpikes, residual: Any, state: State | None, nonzero: int) -> PackedSpikes | Tensor:
+        if self.prepared is None:
             assert self.policy is not None
-            packed = self._weight_for(self.policy.crossover.variant)
-            arguments = (packed, self.geometry, self.policy.crossover.variant, self.epilogue(residual), self.dynamics)
-            call = self.ops.prepare(x, *arguments, self.block.steps)  # type: ignore[attr-defined]
-            prepared = self._prepared = (buffers, call)
-        dense = self._flat(residual) if isinstance(residual, Tensor) else None
-        return prepared[1](state, dense, nonzero)
+            variant = self.policy.crossover.variant
+            arguments = (self._weight_for(variant), self.geometry, variant, self.epilogue(residual), self.dynamics)
+            self.prepared = self.ops.prepare(x, *arguments, self.block.steps)  # type: ignore[attr-defined]
+            self._numel = x.numel
+        return self.prepared(x, self.flat(residual), state, nonzero)
 
     def compute(
         self, x: PackedSpikes, variant: str | None, epilogue: Epilogue, state: State | None
@@ -238,7 +261,7 @@ class BlockRun:
             return result
 
         self.policy = Policy(block_crossover(self.name, key, variants, like, run, config))
-        self.policy.decide(self._count(like) / max(1, like.numel))
+        self.policy.decide(_spikes_of(like) / max(1, like.numel))
         self._packed = {v: packed for v, packed in self._packed.items() if v == self.policy.crossover.variant}
         if self.policy.sparse:
             self._dense_weight = None  # measured with, and perhaps never needed again
@@ -250,6 +273,10 @@ class BlockRun:
         v = torch.zeros(shape, device=like.bits.device)
         syn = torch.zeros_like(v) if self.dynamics.synaptic else None
         return State(v, syn, fresh=True)
+
+
+def _spikes_of(x: PackedSpikes) -> int:
+    return int(x.nonzero) if x.nonzero is not None else x.numel
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparseflow.graph.eligibility import layer_kind
 from sparseflow.graph.steps import Block
+from sparseflow.kernels.cpu import engine
+from sparseflow.kernels.cpu.watch import MemoryWatch
 from sparseflow.kernels.functional import conv_call
 from sparseflow.kernels.geometry import ConvGeometry
-
-_SAMPLES = 8
 
 
 class Watched:
     """Tensors that results depend on, and whether any of them was written to or replaced.
 
-    A write is seen by the version counter, new memory by its address. A write through ``.data`` moves neither: it is
-    seen by a piece of the memory of every tensor (on the CPU), and by a sample of the values of one tensor a call.
+    A write is seen by the version counter, new memory by its address, and on the CPU a write through ``.data``, which
+    moves neither, by the values (:class:`~sparseflow.kernels.cpu.watch.MemoryWatch`).
     """
 
     def __init__(self, owners: list[tuple[dict[str, Any], str]]):
         self._owners = [owner for owner, _ in owners]
         self._names = [name for _, name in owners]
-        self._next = 0
         self.renew()
 
     def renew(self) -> None:
@@ -36,10 +33,8 @@ class Watched:
         self._tensors: list[Tensor] = [tensor for tensor in self._held if tensor is not None]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._versions = _versions(self._tensors)
-        self._pieces = list(map(_piece, self._tensors))
-        self._bytes = self._read_pieces()
+        self._memory = MemoryWatch(self._tensors) if engine.available() else None
         self._kinds = list(map(_kind, self._held))
-        self._samples = [_sample(tensor) for tensor in self._tensors]
 
     def changed(self) -> bool:
         """Whether anything is not what it was."""
@@ -47,8 +42,7 @@ class Watched:
             return True
         if [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
             return True
-        written = _versions(self._tensors) != self._versions or self._read_pieces() != self._bytes
-        return written or self._looks_changed()
+        return _versions(self._tensors) != self._versions or not (self._memory is None or self._memory.holds())
 
     def fits(self) -> bool:
         """Whether the tensors of now are of the shapes and types of those seen last."""
@@ -57,26 +51,9 @@ class Watched:
     def _held_now(self) -> list[Tensor | None]:
         return list(map(dict.get, self._owners, self._names))  # type: ignore[arg-type]
 
-    def _read_pieces(self) -> list[bytes]:
-        return [ctypes.string_at(address, size) for address, size in self._pieces]
-
-    def _looks_changed(self) -> bool:
-        if not self._tensors:
-            return False
-        self._next = (self._next + 1) % len(self._tensors)
-        return not torch.equal(_sample(self._tensors[self._next]), self._samples[self._next])
-
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-
-
-def _piece(tensor: Tensor) -> tuple[int, int]:
-    """Address and size of a few bytes in the middle of a tensor, empty where they cannot be read."""
-    if tensor.device.type != "cpu" or not tensor.data_ptr():
-        return 0, 0
-    values = tensor.numel() if tensor.is_contiguous() else 1
-    return tensor.data_ptr() + values // 2 * tensor.itemsize, min(_SAMPLES, values - values // 2) * tensor.itemsize
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:
@@ -84,11 +61,6 @@ def _versions(tensors: list[Tensor]) -> list[int]:
         return [tensor._version for tensor in tensors]
     except RuntimeError:  # made in inference mode, which counts no writes
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 
 
 def owners(block: Block, modules: dict[str, nn.Module]) -> list[tuple[dict[str, Any], str]]:

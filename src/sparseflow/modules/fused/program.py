@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from sparseflow.kernels.blocks.records import BlockOps
 from sparseflow.kernels.blocks.spikes import PackedSpikes
 
 from .block import BlockRun
+from .chain import BoundBlock, Chain, Env, Observer, Scrutiny, Slots
 from .constants import Watched, owners
 
 _LENIENT = ("torch.nn.", "spikingjelly.", "snntorch.")
-Env = list[Any]
 Action = Callable[[Env], None]
-Observer = Callable[["BlockRun", Any, Any, Any, Any], None]
+Placed = tuple[Action, tuple[tuple[int, bool], ...]]
 
 
 class Program:
@@ -41,14 +42,14 @@ class Program:
         self.fused, self.ops, self.pool, self._model = fused, ops, pool, model
         self.modules = dict(model.named_modules())
         self.blocks: list[BlockRun] = []
-        self.observers = observers
+        self._scrutiny = Scrutiny(observers)
         self._slots: dict[tuple[fx.Node, bool], int] = {}
         self._inputs: list[tuple[int, str, Any]] = []
-        self._planning: RuntimeConfig | None = None
         self.device = device
         actions = [self._bound(step) for step in fused.steps]
         released = self._last_reads()
-        self._actions = [(a, released.get(i, ())) for i, a in enumerate(actions) if a is not None]
+        placed = [(a, released.get(i, ())) for i, a in enumerate(actions) if a is not None]
+        self._actions = list(self._chained(placed)) if hasattr(ops, "chain") else placed
         self._result = len(self._slots)
         self._watched = Watched([owner for block in self.blocks for owner in owners(block.block, self.modules)])
 
@@ -87,11 +88,11 @@ class Program:
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: RuntimeConfig) -> None:
         """Run once and find the crossover of every block on the way."""
-        self._planning = config
+        self._scrutiny.planning = config
         try:
             self.run(args, kwargs)
         finally:
-            self._planning = None
+            self._scrutiny.planning = None
 
     def refresh(self) -> None:
         """Prepare all weights anew."""
@@ -129,37 +130,26 @@ class Program:
         return self._bound_combine(step)
 
     def _bound_block(self, step: Block) -> Action:
-        block = BlockRun(step, self.modules, self.ops, self.device)
-        self.blocks.append(block)
-        source, out = self._read(step.source), self.slot(step.out, step.makes_packed)
-        residual = None if step.residual is None else self._read(step.residual)
-        states = tuple(self.slot(node, False) for node in step.states)
-        membrane = None if step.membrane is None else self.slot(step.membrane, False)
+        run = BlockRun(step, self.modules, self.ops, self.device, private=self._is_private(step))
+        self.blocks.append(run)
+        slots = Slots(
+            self._read(step.source),
+            self.slot(step.out, step.makes_packed),
+            None if step.residual is None else self._read(step.residual),
+            tuple(self.slot(node, False) for node in step.states),
+            None if step.membrane is None else self.slot(step.membrane, False),
+        )
+        return BoundBlock(run, slots, self._scrutiny, exactly=self._exactly(step.out))
 
-        exactly = self._exactly(step.out)
-
-        def act(env: Env) -> None:
-            x, added = env[source], None if residual is None else env[residual]
-            given = tuple(env[slot] for slot in states)
-            if self._planning is not None and isinstance(x, PackedSpikes):
-                block.plan(self._planning, x, added)
-            result = self._observed(block, x, added, given) if self.observers else block(x, added, given)
-            env[out] = result.contiguous() if exactly and isinstance(result, Tensor) else result
-            if membrane is not None and block.memory is not None and block.last_state is not None:
-                env[membrane] = block.memory.membrane_sequence(block.last_state)
-
-        return act
+    def _is_private(self, step: Block) -> bool:
+        """Whether only blocks read the result, as what they add."""
+        reads = [(other, operand) for other in self.fused.steps for operand in other.operands]
+        readers = [(other, operand) for other, operand in reads if operand.node is step.out]
+        return not self.fused.aliased and all(isinstance(o, Block) and o.residual is operand for o, operand in readers)
 
     def _exactly(self, node: fx.Node) -> bool:
         """Whether the tensor of ``node`` must lie in memory as the model's does: views of it are written to."""
         return self.fused.aliased and node in self.fused.contiguous
-
-    def _observed(self, block: BlockRun, x: Any, residual: Any, given: tuple[Any, ...]) -> Any:
-        before = block.memory.peek(given) if block.memory is not None else ()
-        result = block(x, residual, given)
-        for observer in self.observers:
-            observer(block, x, residual, before, result)
-        return result
 
     def _bound_unpack(self, step: Unpack) -> Action:
         source, out, layout = self._read(step.source), self.slot(step.out, False), step.source.packed
@@ -226,6 +216,17 @@ class Program:
 
         return act
 
+    @staticmethod
+    def _chained(actions: list[Placed]) -> Iterator[Placed]:
+        """The same with neighbouring blocks on packed spikes made one action."""
+        for chains, group in itertools.groupby(actions, lambda placed: _can_chain(placed[0])):
+            members = list(group)
+            if chains and len(members) > 1:
+                blocks = [action for action, _ in members if isinstance(action, BoundBlock)]
+                yield Chain(blocks), tuple(slot for _, slots in members for slot in slots)
+            else:
+                yield from members
+
     # ---- when values are done with
 
     def _last_reads(self) -> dict[int, tuple[tuple[int, bool], ...]]:
@@ -240,6 +241,11 @@ class Program:
         for slot, i in last.items():
             found[i] = (*found.get(i, ()), (slot, slot in packed))
         return found
+
+
+def _can_chain(action: Action) -> bool:
+    """States that a graph passes on are results of other steps, perhaps of the chain's."""
+    return isinstance(action, BoundBlock) and action.run.can_chain and not action.slots.states
 
 
 def _with_lead(images: Tensor, lead: tuple[int, ...]) -> Tensor:

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define SF_ABI_VERSION 2
+#define SF_ABI_VERSION 3
 
 enum SfType : int32_t { SF_F32 = 0, SF_BF16 = 1, SF_F16 = 2, SF_F64 = 3, SF_TYPES = 4 };
 
@@ -78,6 +78,31 @@ struct SfBlock {
   float* out;                       // result without a neuron
   int32_t fresh;                    // the state is not read
   int32_t invariant;                // dense sums are [batch, pixels, channels], the same at every step
+};
+
+// One of several blocks that run one after the other in one call: everything about it but how many spikes it gets.
+struct SfLink {
+  const SfConv* const* convs;       // by the bit length of the input's nonzeros; null where there is none yet
+  const SfBlock* block;
+  const uint64_t* bits;
+  const uint32_t* row_counts;
+  const uint8_t* counts;            // as for block_conv
+  const float* packed;
+  const int64_t* nonzero;           // of the input
+  int64_t most;                     // nonzeros above which the block does not run on events
+  int64_t event_work, fixed_work;   // additions for each nonzero and for the rest, by which threads are woken
+  int64_t seen;                     // result: the nonzeros of this call
+};
+
+// Memory that must not change: `size` bytes at `at` are compared at every call, and one word in each of SF_SAMPLES equal
+// parts of it when it is its turn.
+#define SF_SAMPLES 8
+#define SF_PIECE 32
+struct SfWatched {
+  const char* data;
+  int64_t bytes, at, size;
+  char piece[SF_PIECE];
+  char samples[SF_SAMPLES][4];
 };
 
 // Pooling of packed spikes [images, in pixels, words].

@@ -114,6 +114,11 @@ void sum_spikes(const SfBlock& b) {
   if (b.nonzero != nullptr) *b.nonzero = sum(b.row_counts, b.steps * b.batch * (b.pixels / b.row_pixels));
 }
 
+int bit_length(int64_t value) { return value == 0 ? 0 : 64 - __builtin_clzll(uint64_t(value)); }
+
+// Where sample i of watched memory lies.
+const char* sample_of(const SfWatched& w, int64_t i) { return w.data + w.bytes / 4 * i / SF_SAMPLES * 4; }
+
 template <class Element>
 void pack(const WeightView& w, const PackedOrder& order, Element* packed, int threads) {
   const auto* data = reinterpret_cast<const Element*>(w.data);
@@ -196,6 +201,22 @@ SF_EXPORT int sf_block_conv(const SfConv* p, const SfBlock* block, const uint64_
   return status;
 }
 
+// Runs links in order up to the first that is not for events, or for which there is no SfConv. Returns how many ran,
+// -1 if memory ran out.
+SF_EXPORT int64_t sf_chain(SfLink* links, int64_t n, int threads, int64_t parallel_work) {
+  for (int64_t i = 0; i < n; i++) {
+    SfLink& link = links[i];
+    const int64_t nonzero = link.seen = *link.nonzero;
+    const SfConv* conv = link.convs[bit_length(nonzero)];
+    if (nonzero > link.most || conv == nullptr) return i;
+    const bool parallel = nonzero * link.event_work + link.fixed_work >= parallel_work;
+    const int status = sf_block_conv(conv, link.block, link.bits, link.row_counts, link.counts, link.packed,
+                                     parallel ? threads : 1);
+    if (status != 0) return -1;
+  }
+  return n;
+}
+
 SF_EXPORT int sf_block_dense(const SfBlock* block, const float* sums, int threads) {
   const int status = kernels->block_dense(*block, sums, threads);
   sum_spikes(*block);
@@ -254,6 +275,28 @@ SF_EXPORT int sf_match(const void* weight, const int64_t* size, const int64_t* s
   if (element_bytes(type) == 2) return match(w, order, static_cast<const uint16_t*>(packed), offset, samples);
   if (element_bytes(type) == 4) return match(w, order, static_cast<const uint32_t*>(packed), offset, samples);
   return match(w, order, static_cast<const uint64_t*>(packed), offset, samples);
+}
+
+// Takes what is there now as what has to be there.
+SF_EXPORT void sf_watch(SfWatched* watched, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    SfWatched& w = watched[i];
+    memcpy(w.piece, w.data + w.at, w.size);
+    for (int64_t k = 0; k < SF_SAMPLES && w.bytes >= 4; k++) memcpy(w.samples[k], sample_of(w, k), 4);
+  }
+}
+
+// 1 if nothing seems changed; of the memory `turn` the samples are looked at as well.
+SF_EXPORT int sf_watched_hold(const SfWatched* watched, int64_t n, int64_t turn) {
+  for (int64_t i = 0; i < n; i++) {
+    const SfWatched& w = watched[i];
+    if (memcmp(w.piece, w.data + w.at, w.size) != 0) return 0;
+  }
+  const SfWatched& w = watched[turn];
+  for (int64_t k = 0; k < SF_SAMPLES && w.bytes >= 4; k++) {
+    if (memcmp(w.samples[k], sample_of(w, k), 4) != 0) return 0;
+  }
+  return 1;
 }
 
 // Tests only: overwrites this thread's scratch memory, so that a kernel that reads what it did not write is found out.
