@@ -55,15 +55,18 @@ def _repeat(run: Callable[[], object], times: int) -> None:
         run()
 
 
-def captured(run: Callable[[], object], warm_up: int = 0) -> torch.cuda.CUDAGraph:
-    """What ``run`` launches on the current device as a graph, after ``warm_up`` runs. Waits for the device."""
+def captured(run: Callable[[], object], warm_up: int = 0, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What ``run`` launches on the current device as a graph, after ``warm_up`` runs. Waits for the device.
+
+    ``pool`` is that of a graph, still there, whose memory it may use: two such graphs must not replay at once.
+    """
     stream, graph = _capture_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     # Not torch.cuda.graph(): it empties the allocator's cache, which takes longer than what is measured here.
     with torch.cuda.stream(stream):
         _repeat(run, warm_up)
         torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         except BaseException:

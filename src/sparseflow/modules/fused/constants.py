@@ -21,7 +21,8 @@ class Watched:
     """Tensors that results depend on, and whether any of them was written to or replaced.
 
     A write is seen by the version counter, new memory by its address. A write through ``.data`` moves neither: it is
-    seen by a piece of the memory of every tensor (on the CPU), and by a sample of the values of one tensor a call.
+    seen by a piece of the memory of every tensor, and by a sample of the values of one tensor a call; not on a GPU,
+    where comparing values would wait for the device.
     """
 
     def __init__(self, owners: list[tuple[dict[str, Any], str]]):
@@ -39,7 +40,7 @@ class Watched:
         self._pieces = list(map(_piece, self._tensors))
         self._bytes = self._read_pieces()
         self._kinds = list(map(_kind, self._held))
-        self._samples = [_sample(tensor) for tensor in self._tensors]
+        self._samples = [(tensor, _sample(tensor)) for tensor in self._tensors if tensor.device.type == "cpu"]
 
     def changed(self) -> bool:
         """Whether anything is not what it was."""
@@ -61,10 +62,11 @@ class Watched:
         return [ctypes.string_at(address, size) for address, size in self._pieces]
 
     def _looks_changed(self) -> bool:
-        if not self._tensors:
+        if not self._samples:
             return False
-        self._next = (self._next + 1) % len(self._tensors)
-        return not torch.equal(_sample(self._tensors[self._next]), self._samples[self._next])
+        self._next = (self._next + 1) % len(self._samples)
+        tensor, sample = self._samples[self._next]
+        return not torch.equal(_sample(tensor), sample)
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
