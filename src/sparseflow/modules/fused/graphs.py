@@ -28,6 +28,7 @@ from sparseflow.dispatch.stats import LayerStats
 from sparseflow.frameworks import neuron_spec
 from sparseflow.graph.eligibility import layer_kind
 from sparseflow.graph.steps import Eager
+from sparseflow.graph.tracer import call_state_method
 from sparseflow.kernels.precision import tf32_convolution, tf32_matmul
 from sparseflow.modules.swap import runtimes
 
@@ -39,6 +40,7 @@ _MAX_GRAPHS = 4
 _MAX_SEEN = 8
 _FUNCTIONS = ("torch", "_operator", "math", "builtins", "sparseflow", "einops")
 _VALUES = (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
+_RESETS = ("init_", "reset_mem")  # snnTorch's, of one neuron; the values they replace do not matter to them
 _SIGHTS = 2  # calls before a graph: the first compiles kernels and prepares weights, the second runs as it is captured
 WARM_UP = 2 * _SIGHTS  # calls after which a plan that is not reset replays: it starts afresh, and then goes on
 
@@ -348,21 +350,31 @@ def _why_not(program: Program, node: fx.Node) -> str:
     if node.op == "call_module":
         return _module_obstacle(str(target), program.modules[str(target)])
     if node.op == "get_attr" and not str(target).startswith(TRACED_CONSTANT):
-        return _attribute_obstacle(program, str(target))
+        return _attribute_obstacle(program, node)
     module = (getattr(target, "__module__", None) or "builtins").split(".")[0]
     if node.op == "call_function" and module not in _FUNCTIONS:
         return f"it calls {getattr(target, '__name__', target)} of {module}"
     return ""
 
 
-def _attribute_obstacle(program: Program, target: str) -> str:
+def _attribute_obstacle(program: Program, node: fx.Node) -> str:
+    target = str(node.target)
     if target in program.modules:
-        return _module_obstacle(target, program.modules[target])
+        outside = set(_outside(program))
+        users = (user for user in node.users if user in outside and not _only_resets(program, user, target))
+        return _module_obstacle(target, program.modules[target]) if any(users) else ""
     owner, _, name = target.rpartition(".")
     module = program.modules[owner]
     if neuron_spec(module) is not None:
         return f"it reads {name} of the neuron {owner}"
     return "" if _table(module, name) is not None else f"it computes its attribute {target}"
+
+
+def _only_resets(program: Program, node: fx.Node, neuron: str) -> bool:
+    """Whether ``node`` resets a neuron that a block then runs: its attributes end up holding what the block leaves."""
+    if node.target is not call_state_method or all(block.block.neuron != neuron for block in program.blocks):
+        return False
+    return str(node.args[1]).startswith(_RESETS)
 
 
 def _module_obstacle(name: str, module: nn.Module) -> str:
@@ -393,10 +405,11 @@ def _read_in_place(program: Program) -> list[tuple[dict[str, Any], str]]:
     found: list[tuple[dict[str, Any], str]] = []
     for node in _outside(program):
         target = str(node.target)
-        if node.op == "call_module" or (node.op == "get_attr" and target in program.modules):
-            for part in program.modules[target].modules():
+        module = program.modules.get(target) if node.op in ("call_module", "get_attr") else None
+        if module is not None and neuron_spec(module) is None:
+            for part in module.modules():
                 found += [(table, name) for table in (part._parameters, part._buffers) for name in table]  # type: ignore[misc]
-        elif node.op == "get_attr" and not target.startswith(TRACED_CONSTANT):
+        elif module is None and node.op == "get_attr" and not target.startswith(TRACED_CONSTANT):
             owner, _, name = target.rpartition(".")
             table = _table(program.modules[owner], name)
             found += [] if table is None or not isinstance(table[name], Tensor) else [(table, name)]

@@ -49,6 +49,10 @@ class _Slot:
         return True
 
 
+def _kind(value: Any) -> Hashable:
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+
+
 class NeuronMemory:
     """Reads the state of one neuron before a block runs, and writes it back behind."""
 
@@ -79,17 +83,16 @@ class NeuronMemory:
     def settle(self, *, leads: bool) -> Hashable:
         """Make ready for a call whose kernels know their addresses; returns all that they depend on.
 
-        That is where the memory lies and, if the neuron ``leads`` (its attributes say what it starts from), whether it
-        starts afresh and from which membrane. Where it goes on, its attributes then hold this very memory.
+        That is where the memory lies, what kind of things the attributes hold, and, if the neuron ``leads`` (they say
+        what it starts from), whether it starts afresh and from which membrane. Where it goes on, its attributes then
+        hold this very memory.
         """
         for name, slot in zip(self.names, self._slots, strict=True):
             slot.secure(self._read(name) is slot.view, self.device)
         places = self.places()
-        if not leads:
-            return places
-        fresh, start = self._load(())
+        fresh, start = self._load(()) if leads else (True, 0.0)
         if fresh:
-            return (*places, start)
+            return (places, start, *map(_kind, self.held()))
         self.end()
         return places
 
