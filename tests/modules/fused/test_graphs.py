@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import weakref
 
 import pytest
 import snntorch
@@ -13,9 +15,11 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 import sparseflow
+from sparseflow.modules.fused import graphs as graphs_module
 from sparseflow.modules.fused import model as fused_model
 from sparseflow.modules.fused.block import BlockRun
-from sparseflow.modules.fused.graphs import WARM_UP
+from sparseflow.modules.fused.constants import Watched
+from sparseflow.modules.fused.graphs import WARM_UP, CudaGraphs
 from sparseflow.modules.fused.model import fusion_of
 from sparseflow.plan import Path
 
@@ -403,7 +407,14 @@ def writes(m, y):
     return y * m.seen
 
 
+def masked(m, y):
+    y = y * 1.0
+    y[y > 0] = torch.full((1,), 0.5, device=y.device)
+    return y
+
+
 REFUSED = {
+    "a mask that is written to": (lambda: behind(masked), "look at values"),
     "a mask": (lambda: behind(lambda m, y: F.pad(y[y > 0], (0, 1))[-1]), "look at values"),
     "batch norm in training": (
         lambda: behind(lambda m, y: m.free(y.flatten(0, 1)), free=nn.BatchNorm1d(8, affine=False)),
@@ -458,14 +469,9 @@ def test_results_that_are_not_the_plans_own(graphs, what):
         assert ours(x)[1] is (x if what == "input" else ours.scale)
 
 
-def test_a_step_that_fails_in_a_capture(graphs):
-    """``index_put_`` with a mask waits for the device, which nothing says beforehand."""
-
-    def masked(m, y):
-        y = y * 1.0
-        y[y > 0] = torch.full((1,), 0.5)
-        return y
-
+def test_a_step_that_fails_in_a_capture(graphs, monkeypatch):
+    """A mask makes the host wait, and here nothing has looked for one."""
+    monkeypatch.setattr(graphs_module, "_looks_at_values", lambda *_: False)
     dense, ours = twins(behind(masked), features())
     kept = []
     for seed in range(WARM_UP + 2):
@@ -540,6 +546,69 @@ def test_the_contest_times_replays(graphs):
     fusion = fusion_of(net)
     assert graphs.replays > 0
     assert fusion is None or fusion.last.fused_ms is not None
+
+
+class Graph:
+    def __init__(self, pool):
+        self.given = pool
+
+    def pool(self):
+        return id(self)
+
+    def replay(self):
+        self.replayed = True
+
+
+def test_graphs_share_the_memory_of_those_that_are_alive(monkeypatch):
+    """The pool of graphs that are all gone must not be named again."""
+    made = []
+
+    def captured(run, pool):
+        run()
+        made.append(weakref.ref(graph := Graph(pool)))
+        return graph
+
+    monkeypatch.setattr(graphs_module, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    found = CudaGraphs(torch.device("cuda"))
+    replays = [found.capture(lambda: None) for _ in range(3)]
+    assert made[0]().given is None
+    assert {graph().given for graph in made[1:]} <= {id(graph()) for graph in made}
+    replays[1]()
+    assert made[1]().replayed
+    assert not hasattr(made[0](), "replayed")
+    replays.clear()
+    assert not any(graph() for graph in made)
+    last = found.capture(lambda: None)
+    assert made[-1]().given is None
+    assert last is not None
+
+
+def test_a_plan_waits_for_the_stream_it_ran_on_before(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waited = []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    first, second = Stream(), Stream()
+    now = iter((first, first, second, second, first))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(now))
+    found = CudaGraphs(torch.device("cuda"))
+    for _ in range(4):
+        found.follow()
+    assert (first.waited, second.waited) == ([second], [first])
+
+
+def test_weights_on_a_device_are_not_compared():
+    """As on a GPU, there are no values to be had without waiting."""
+    layer = nn.Linear(4, 4, device="meta")
+    watched = Watched([(layer._parameters, "weight")])
+    assert not any(watched.changed() for _ in range(3))
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    assert watched.changed()
 
 
 def save_and_load(model):

@@ -40,6 +40,7 @@ _MAX_GRAPHS = 4
 _MAX_SEEN = 8
 _FUNCTIONS = ("torch", "_operator", "math", "builtins", "sparseflow", "einops")
 _VALUES = (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
+_INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 _RESETS = ("init_", "reset_mem")  # snnTorch's, of one neuron; the values they replace do not matter to them
 _SIGHTS = 2  # calls before a graph: the first compiles kernels and prepares weights, the second runs as it is captured
 WARM_UP = 2 * _SIGHTS  # calls after which a plan that is not reset replays: it starts afresh, and then goes on
@@ -458,7 +459,7 @@ class _Survey(TorchDispatchMode):
 
 
 def _looks_at_values(func: Any, args: Any) -> bool:
-    """Whether an operation returns a value to the host, or as many as there are values of a kind."""
-    if func is torch.ops.aten.index.Tensor:
+    """Whether an operation returns a value to the host, or works on as many as there are values of a kind."""
+    if func.overloadpacket in _INDEXED:
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
