@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 
+import sparseflow
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import experiments, models, problem, suite, summary, sweep
 from benchmarks.gpu.layers import HEADLINE, LINEAR, LayerShape, resnet18, resnet50
@@ -403,6 +405,25 @@ def test_a_network_runs_dense_and_accelerated():
     assert {row["baseline"] for row in rows} == {"dense float16 graphed", "eager float32"}
     assert {row["run"] for row in rows} == {"sparseflow float16 graphed"}
     assert all(0.0 <= row["agreement"] <= 1.0 for row in rows)
+
+
+def test_a_fused_network_is_timed_replayed_and_launched(monkeypatch):
+    pytest.importorskip("spikingjelly")
+    model = models.Model("spiking_resnet18", batch=1, compiled=False, side=32)
+    monkeypatch.setattr(models.sparseflow, "accelerate", functools.partial(sparseflow.accelerate, mode="sparse"))
+    rows = [to_json(row) for row in models.run_fused(model, FakeTimer(), CPU)]
+    if rows[0]["kind"] == "skipped":
+        pytest.skip(rows[0]["reason"])
+    assert {row["run"] for row in rows} == {f"sparseflow float32 fused, {how}" for how in ("replayed", "launched")}
+    assert {row["baseline"] for row in rows} == {"dense float32 graphed", "eager float32"}
+    assert {row["dtype"] for row in rows} == {"float32"}
+
+
+def test_replays_that_differ_are_not_reported():
+    answer = torch.ones(2)
+    models.check_replays(lambda i: answer, lambda i: answer, 3)
+    with pytest.raises(RedGate, match="replay of input 1"):
+        models.check_replays(lambda i: answer * (i != 1), lambda i: answer, 3)
 
 
 def test_networks_are_skipped_with_a_reason_without_spikingjelly(monkeypatch):

@@ -1,4 +1,8 @@
-"""Whole networks of the SpikingJelly zoo: dense eager, dense compiled and graphed, and accelerated."""
+"""Whole networks of the SpikingJelly zoo: dense eager, dense compiled and graphed, and accelerated.
+
+In float16, where layers run on their own, and in float32, where blocks are fused. Fused plans are timed as
+``accelerate`` leaves them, replayed as CUDA graphs by themselves, and launched kernel by kernel.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,11 @@ class Model:
     def title(self) -> str:
         """Unique name of the cell."""
         return f"models: {self.name} @{self.side}, T {STEPS}, batch {self.batch}"
+
+    @property
+    def fused_title(self) -> str:
+        """The same of the cell that runs fused blocks."""
+        return f"{self.title}, fused"
 
     @property
     def density(self) -> float:
@@ -112,7 +121,47 @@ def run(model: Model, timer: Timer, device: torch.device) -> list[Row]:
         gate, agreement = check(sparse, xs)
         samplers = prepared(model, net, images, half, sparse, xs, timer)
         times = alternate(samplers, _REPEATS)
-    return list(rows_of(model, times, gate, agreement))
+    return list(rows_of(model, "float16", times, gate, agreement))
+
+
+def run_fused(model: Model, timer: Timer, device: torch.device) -> list[Row]:
+    """All rows of the fused plan of one network in float32, or why there are none."""
+    if importlib.util.find_spec("spikingjelly") is None:
+        return [Skipped("models", model.fused_title, "SpikingJelly is not installed")]
+    shape = (STEPS, model.batch, 3, model.side, model.side)
+    with torch.no_grad():
+        net = stand_in(model, (STEPS, min(model.batch, 8), *shape[2:]), device)
+        return fused_rows(model, net, [smooth_images(shape, seed, device) for seed in range(_INPUTS)], timer)
+
+
+def fused_rows(model: Model, net: nn.Module, images: list[Tensor], timer: Timer) -> list[Row]:
+    """Rows of ``net``: the fused plan replayed and launched, against the network itself."""
+    replayed = sparseflow.accelerate(copy.deepcopy(net), images[0])
+    gate, agreement = check(replayed, images)
+    notes = sparseflow.report(replayed).notes
+    if not any("blocks fused" in note for note in notes):
+        return [Skipped("models", model.fused_title, "; ".join(notes) or "nothing is fused")]
+    launched = sparseflow.accelerate(copy.deepcopy(net), images[0], cuda_graph=False)
+    ready = functools.partial(timer.prepare, inputs=len(images))
+    runs = {"replayed": answers(replayed, replayed, images), "launched": answers(launched, launched, images)}
+    check_replays(runs["replayed"], runs["launched"], len(images))
+    samplers = {
+        "eager float32": ready(answers(net, net, images), graphed=False),
+        "dense float32 graphed": ready(answers(net, net, images)),
+        **{f"sparseflow float32 fused, {how}": ready(run, graphed=False) for how, run in runs.items()},
+    }
+    return list(rows_of(model, "float32", alternate(samplers, _REPEATS), gate, agreement))
+
+
+def check_replays(replayed: Callable[[int], Tensor], launched: Callable[[int], Tensor], inputs: int) -> None:
+    """Compare replays with the kernels launched one by one, after two calls by which graphs are captured.
+
+    Raises:
+        RedGate: they differ in a bit.
+    """
+    for i in (0, 0, *range(inputs)):
+        if not torch.equal(replayed(i), launched(i)):
+            raise RedGate(f"the replay of input {i} is not what its kernels compute")
 
 
 def check(net: nn.Module, xs: list[Tensor]) -> tuple[Gate, float]:
@@ -165,7 +214,7 @@ def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(net, dynamic=False)
 
 
-def rows_of(model: Model, times: dict[str, Any], gate: Gate, agreement: float) -> Iterator[ModelRow]:
+def rows_of(model: Model, dtype: str, times: dict[str, Any], gate: Gate, agreement: float) -> Iterator[ModelRow]:
     """Each accelerated run over the strongest dense one, and over the eager one, labelled."""
     strongest = min((name for name in times if name.startswith("dense")), key=lambda name: times[name][1])
     for name in (name for name in times if name.startswith("sparseflow")):
@@ -174,7 +223,7 @@ def rows_of(model: Model, times: dict[str, Any], gate: Gate, agreement: float) -
                 stage="models",
                 model=f"{model.name} @{model.side}",
                 weights=model.activity,
-                dtype="float16",
+                dtype=dtype,
                 steps=STEPS,
                 batch=model.batch,
                 run=name,
@@ -203,3 +252,4 @@ def cells(timer: Timer, device: torch.device) -> Iterator[Cell]:
             model = Model(name, batch, compile_it and batch == batches[0])
             seconds = 60.0 if model.compiled else 12.0
             yield Cell(model.title, priority, seconds, functools.partial(run, model, timer, device))
+            yield Cell(model.fused_title, priority, 20.0, functools.partial(run_fused, model, timer, device))

@@ -43,6 +43,7 @@ class Options:
     calibration: Calibration | None
     strict: bool
     fuse: bool = True
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -228,7 +229,7 @@ def _fuse(
 ) -> None:
     """Plan whole blocks for the example, and let the model make plans for other inputs."""
     excluded = [draft.name for draft in drafts if draft.reason is Reason.EXCLUDED]
-    fusion = Fusion(_config(options), excluded)
+    fusion = Fusion(_config(options), excluded, cuda_graph=options.cuda_graph)
     with measuring(len(drafts), MeasureBudget()):
         planned = fusion.prepare(model, args, kwargs)
     if planned.reason in (None, Reason.FUSED_LOSES):

@@ -18,21 +18,22 @@ class _Holder:
     """Keeps a model's stepper beside the model; copies and pickles start without one."""
 
     def __init__(self) -> None:
-        self.steppers: dict[str, Stepper] = {}
+        self.steppers: dict[tuple[str, bool], Stepper] = {}
 
     def __reduce__(self) -> Any:
         return _Holder, ()
 
-    def stepper(self, model: nn.Module, backend: str) -> Stepper:
-        """The stepper of ``model`` that makes plans for ``backend``."""
-        if backend not in self.steppers:
+    def stepper(self, model: nn.Module, backend: str, cuda_graph: bool) -> Stepper:
+        """The stepper of ``model`` that makes plans for ``backend``, replayed on a GPU with ``cuda_graph``."""
+        key = (backend, cuda_graph)
+        if key not in self.steppers:
             stepper = Stepper(model).train(model.training)
-            install(stepper, Fusion(RuntimeConfig(backend=backend), at_once=True))
-            self.steppers[backend] = stepper
-        return self.steppers[backend]
+            install(stepper, Fusion(RuntimeConfig(backend=backend), at_once=True, cuda_graph=cuda_graph))
+            self.steppers[key] = stepper
+        return self.steppers[key]
 
 
-def run(model: nn.Module, data: Tensor, *, backend: str = "auto") -> Any:
+def run(model: nn.Module, data: Tensor, *, backend: str = "auto", cuda_graph: bool = True) -> Any:
     """Reset a model's neurons, step it through ``data`` and return its outputs over time.
 
     Equal to the loop ``reset(model); torch.stack([model(x) for x in data])``, and afterwards the neurons hold the state
@@ -43,7 +44,7 @@ def run(model: nn.Module, data: Tensor, *, backend: str = "auto") -> Any:
         model: takes one step ``[N, ...]``: snnTorch neurons with ``init_hidden=True``, SpikingJelly in step mode
             ``"s"``, or neurons of your own that have a ``reset()``.
         data: ``[T, N, ...]``.
-        backend: as in :func:`sparseflow.accelerate`.
+        backend, cuda_graph: as in :func:`sparseflow.accelerate`.
 
     Returns:
         What the model returns, each tensor with T in front; tuples and dictionaries stay.
@@ -64,7 +65,7 @@ def run(model: nn.Module, data: Tensor, *, backend: str = "auto") -> Any:
     holder = model.__dict__.get(_ATTRIBUTE)
     if holder is None:
         holder = model.__dict__[_ATTRIBUTE] = _Holder()
-    stepper = holder.stepper(model, backend)
+    stepper = holder.stepper(model, backend, cuda_graph)
     stepper.training = model.training
     reset(model)
     return stepper(data)

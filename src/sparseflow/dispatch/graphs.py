@@ -55,20 +55,26 @@ def _repeat(run: Callable[[], object], times: int) -> None:
         run()
 
 
-def captured(run: Callable[[], object], warm_up: int = 0) -> torch.cuda.CUDAGraph:
-    """What ``run`` launches on the current device as a graph, after ``warm_up`` runs. Waits for the device."""
+def captured(run: Callable[[], object], warm_up: int = 0, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What ``run`` launches on the current device as a graph, after ``warm_up`` runs. Waits for the device.
+
+    ``pool`` is that of a graph, still there, whose memory it may use: two such graphs must not replay at once.
+    """
     stream, graph = _capture_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream.wait_stream(torch.cuda.current_stream())
     # Not torch.cuda.graph(): it empties the allocator's cache, which takes longer than what is measured here.
     with torch.cuda.stream(stream):
         _repeat(run, warm_up)
         torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # says only that something went wrong before
                 graph.capture_end()
+            with contextlib.suppress(RuntimeError):  # before PyTorch 2.12 the allocator still thinks it is captured
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
         graph.capture_end()
     return graph

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.neuron import Charge, NeuronSpec, Reset, ResetTiming
 
+from .buffers import BufferPool
 from .spikes import PackedSpikes
 
 Constant = float | Tensor
@@ -112,10 +113,15 @@ class State:
 class BlockOps(Protocol):
     """The operations of fused blocks on one device; :mod:`.reference` says what each computes.
 
-    ``steps`` is T: ``images = steps * N`` and the neuron runs over the T groups of N images in order.
+    ``steps`` is T: ``images = steps * N`` and the neuron runs over the T groups of N images in order. ``pool`` is where
+    packed results come from, and where they go back to when nobody reads them any more; ``None`` leaves both to
+    PyTorch's allocator.
     """
 
     name: str
+
+    @property
+    def pool(self) -> BufferPool | None: ...
 
     def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> Any:
         """``weight [O, C / groups, *kernel]`` float32 as the kernels of ``variant`` read it."""

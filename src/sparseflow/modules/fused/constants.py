@@ -19,7 +19,8 @@ class Watched:
     """Tensors that results depend on, and whether any of them was written to or replaced.
 
     A write is seen by the version counter, new memory by its address, and on the CPU a write through ``.data``, which
-    moves neither, by the values (:class:`~sparseflow.kernels.cpu.watch.MemoryWatch`).
+    moves neither, by the values (:class:`~sparseflow.kernels.cpu.watch.MemoryWatch`), for comparing values on a GPU
+    would wait for it.
     """
 
     def __init__(self, owners: list[tuple[dict[str, Any], str]]):

@@ -32,6 +32,7 @@ from sparseflow.modules.swap import runtimes, watched_by_others
 from sparseflow.plan import Reason
 
 from .block import BlockRun
+from .graphs import WARM_UP, CudaGraphs, Replayed, graphs_for
 from .guard import Guard, hooked, unsuited
 from .program import Observer, Program
 
@@ -52,6 +53,13 @@ class Planned:
     detail: str = ""
     fused_ms: float | None = None
     layers_ms: float | None = None
+    replayed: Replayed | None = None
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns for these arguments, of which there has to be a program."""
+        runner = self.replayed or self.program
+        assert runner is not None
+        return runner.run(args, kwargs)
 
     def holds(self) -> bool:
         """Whether the model is what it was when this was planned, but for the values of its weights."""
@@ -61,11 +69,19 @@ class Planned:
 class Fusion:
     """The fused plans of one model, by input signature.
 
-    A plan is made for the example, and for any other input at the second such call, or (``at_once``) at the first.
+    A plan is made for the example, and for any other input at the second such call, or (``at_once``) at the first. On a
+    GPU it is replayed as CUDA graphs unless ``cuda_graph`` is off.
     """
 
-    def __init__(self, config: RuntimeConfig, excluded: Collection[str] = (), *, at_once: bool = False):
-        self.config, self.excluded, self.at_once = config, frozenset(excluded), at_once
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        excluded: Collection[str] = (),
+        *,
+        at_once: bool = False,
+        cuda_graph: bool = True,
+    ):
+        self.config, self.excluded, self.at_once, self.cuda_graph = config, frozenset(excluded), at_once, cuda_graph
         self.disabled = 0
         self.observers: list[Observer] = []
         self._reset()
@@ -77,20 +93,19 @@ class Fusion:
         self._ran: Program | None = None
         self._hooked: frozenset[str] = frozenset()
         self._seen_once: set[Any] = set()
+        self._graphs: dict[torch.device, CudaGraphs | None] = {}
         self._lock = threading.RLock()
         self._busy = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "excluded": self.excluded, "at_once": self.at_once}
+        names = ("config", "excluded", "at_once", "cuda_graph")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config, self.excluded, self.at_once = state["config"], state["excluded"], state["at_once"]
-        self.disabled = 0
-        self.observers = []
-        self._reset()
+        self.__init__(**state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
-        return Fusion(self.config, self.excluded, at_once=self.at_once)
+        return Fusion(**self.__getstate__())
 
     def run(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Callable[..., Any]
@@ -101,12 +116,13 @@ class Fusion:
         if self._busy or not self._lock.acquire(blocking=False):  # planning, or another thread runs in the buffers
             return otherwise(*args, **kwargs)
         try:
-            program = None if self.disabled or watched_by_others() else self._program(model, args, kwargs)
+            planned = None if self.disabled or watched_by_others() else self._planned(model, args, kwargs)
+            program = None if planned is None else planned.program
             if self._ran is not program:
                 self.release()
             self._ran = program
-            if program is not None:
-                return program.run(args, kwargs)
+            if planned is not None and program is not None:
+                return planned.run(args, kwargs)
         finally:
             self._lock.release()
         return otherwise(*args, **kwargs)
@@ -133,7 +149,14 @@ class Fusion:
             times = f": {planned.fused_ms:.2f} ms, layer by layer {planned.layers_ms:.2f} ms"
         refusals = planned.program.fused.refusals
         apart = (f"not fused: {name}: {why}" for name, why in refusals.items())
-        return (f"{len(blocks)} blocks fused over {steps} time steps{times}", *apart)
+        return (f"{len(blocks)} blocks fused over {steps} time steps{times}", *self._graph_notes(planned), *apart)
+
+    def _graph_notes(self, planned: Planned) -> tuple[str, ...]:
+        if planned.replayed is None:
+            on_gpu = planned.program is not None and planned.program.device.type == "cuda"
+            return ("not replayed as a CUDA graph: cuda_graph=False",) if on_gpu else ()
+        why = planned.replayed.why
+        return (f"not replayed as a CUDA graph: {why}" if why else "replayed as a CUDA graph",)
 
     def refresh(self) -> None:
         """Prepare the weights of all plans anew at the next call."""
@@ -150,7 +173,7 @@ class Fusion:
             self.last = planned
             return planned
 
-    def _program(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+    def _planned(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Planned | None:
         self.why = unsuited(model, args, kwargs)
         if self.why is not None:
             return None
@@ -163,7 +186,7 @@ class Fusion:
         if program is not None and torch.is_grad_enabled() and program.wants_gradients():
             self.why = Reason.GRADIENTS
             return None
-        return program
+        return planned
 
     def _replan(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stale: Any) -> Planned | None:
         """A plan for what the model is now, once the same call has been seen twice."""
@@ -208,15 +231,21 @@ class Fusion:
         if not any(block.neuron is not None for block in fused.blocks):
             detail = "; ".join(sorted(set(fused.refusals.values()))) or "no neuron has a known update rule"
             return Planned(None, None, Reason.NO_BLOCKS, detail)
-        program = Program(model, fused, ops, pool, device, self.observers)
+        program = Program(model, fused, ops, device, self.observers)
         with isolated(model):
             program.plan(copied(args), copied(kwargs), self.config)
-        planned = Planned(program, Guard(model, fused, self._hooked))
+        planned = Planned(program, Guard(model, fused, self._hooked), replayed=self._replayed(program))
         if self.config.mode == "auto":
             _contest(model, args, kwargs, planned)
         if planned.program is not None:
             _forget_packed(model, planned.program)
         return planned
+
+    def _replayed(self, program: Program) -> Replayed | None:
+        if program.device not in self._graphs:
+            self._graphs[program.device] = graphs_for(program.device) if self.cuda_graph else None
+        graphs = self._graphs[program.device]
+        return None if graphs is None else Replayed(program, graphs)
 
     @contextlib.contextmanager
     def _planning(self) -> Iterator[None]:
@@ -301,15 +330,16 @@ def _contest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pl
         example = copied((args, kwargs))
         device = program.device
         runs: dict[str, Callable[[], object]] = {
-            "fused": lambda: (program.run(*example), wait_for(device)),
+            "fused": lambda: (planned.run(*example), wait_for(device)),
             "layers": lambda: (model(*example[0], **example[1]), wait_for(device)),
         }
         for run in runs.values():
-            run()
+            for _ in range(1 if planned.replayed is None else WARM_UP):
+                run()
         times = fastest(runs, MeasureBudget().layer_ms).ms
     planned.fused_ms, planned.layers_ms = times["fused"], times["layers"]
     if times["fused"] > _MAX_LOSS * times["layers"]:
-        planned.program, planned.reason = None, Reason.FUSED_LOSES
+        planned.program, planned.replayed, planned.reason = None, None, Reason.FUSED_LOSES
         planned.detail = f"{times['fused']:.3f} against {times['layers']:.3f} ms"
 
 

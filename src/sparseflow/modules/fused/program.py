@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from sparseflow.dispatch.crossovers import RuntimeConfig
 from sparseflow.graph.eligibility import layer_kind
 from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Operand, Pool, Step, Unpack
-from sparseflow.kernels.blocks.buffers import BufferPool
 from sparseflow.kernels.blocks.records import BlockOps
 from sparseflow.kernels.blocks.spikes import PackedSpikes
 
@@ -23,28 +22,32 @@ from .chain import BoundBlock, Chain, Env, Observer, Scrutiny, Slots
 from .constants import Watched, owners
 
 _LENIENT = ("torch.nn.", "spikingjelly.", "snntorch.")
+TRACED_CONSTANT = "_tensor_constant"  # how torch.fx names the tensors that it puts into a graph
 Action = Callable[[Env], None]
 Placed = tuple[Action, tuple[tuple[int, bool], ...]]
 
 
 class Program:
-    """Runs a fused graph. Slots hold the values of one call; what is read for the last time is released at once."""
+    """Runs a fused graph. Slots hold the values of one call; what is read for the last time is released at once.
+
+    ``generation`` counts how often weights were prepared anew: what was made from earlier ones no longer holds.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         fused: FusedGraph,
         ops: BlockOps,
-        pool: BufferPool,
         device: torch.device,
         observers: list[Observer],
     ):
-        self.fused, self.ops, self.pool, self._model = fused, ops, pool, model
+        self.fused, self.ops, self.model = fused, ops, model
         self.modules = dict(model.named_modules())
         self.blocks: list[BlockRun] = []
         self._scrutiny = Scrutiny(observers)
         self._slots: dict[tuple[fx.Node, bool], int] = {}
         self._inputs: list[tuple[int, str, Any]] = []
+        self.generation = 0
         self.device = device
         actions = [self._bound(step) for step in fused.steps]
         released = self._last_reads()
@@ -76,6 +79,11 @@ class Program:
         self.refresh()
         return True
 
+    @property
+    def observed(self) -> bool:
+        """Whether somebody looks at single blocks."""
+        return bool(self._scrutiny)
+
     def release(self) -> None:
         """Have the neurons hold their states as the model's own forward would leave them."""
         for block in self.blocks:
@@ -97,6 +105,7 @@ class Program:
     def refresh(self) -> None:
         """Prepare all weights anew."""
         self._watched.renew()
+        self.generation += 1
         for block in self.blocks:
             block.refresh()
 
@@ -105,8 +114,8 @@ class Program:
             env[slot] = args[i] if i < len(args) else kwargs.get(name, default)
 
     def _give_back(self, value: Any) -> None:
-        if isinstance(value, PackedSpikes):
-            self.pool.give_spikes(value)
+        if self.ops.pool is not None and isinstance(value, PackedSpikes):
+            self.ops.pool.give_spikes(value)
 
     # ---- binding
 
@@ -209,7 +218,7 @@ class Program:
     def _bound_attribute(self, target: str, out: int) -> Action:
         """A parameter or buffer as the model holds it now; a constant of the trace lies in the graph."""
         find = operator.attrgetter(target)
-        root: Any = self.fused.graph if target.startswith("_tensor_constant") else self._model
+        root: Any = self.fused.graph if target.startswith(TRACED_CONSTANT) else self.model
 
         def act(env: Env) -> None:
             env[out] = find(root)
@@ -284,9 +293,11 @@ class _Arguments:
 
 def _is_foreign(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether ``node`` calls a module or hook of the user's; others take tensors however they lie in memory."""
-    if node.op != "call_module":
-        return False
-    module = modules[str(node.target)]
+    return node.op == "call_module" and is_foreign(modules[str(node.target)])
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether ``module`` runs code of the user's."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
     return layer_kind(module) is None and not type(module).__module__.startswith(_LENIENT)

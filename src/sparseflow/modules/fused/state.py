@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class _Slot:
         return True
 
 
+def _kind(value: Any) -> Hashable:
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+
+
 class NeuronMemory:
     """Reads the state of one neuron before a block runs, and writes it back behind."""
 
@@ -61,23 +66,48 @@ class NeuronMemory:
         self.shape = (*block.state_lead, layout.channels, *layout.size)
         self._slots = [_Slot(self.shape, self._lead, device) for _ in spec.states]
         self._wants_sequence = block.membrane is not None and block.over_time
+        self.fixed = False
 
     def begin(self, given: tuple[Any, ...]) -> State:
-        """The state that the neuron starts from: ``given`` by the graph, or what its attributes hold."""
-        for name, slot in zip(self.names, self._slots, strict=True):
-            held = self._read(name) is slot.view
-            if held and given:  # the given state replaces it; it may be the very same tensor
-                self._write(name, None)
-            slot.secure(held and not given, self.device)
-        # States are passed and returned with the membrane last; the record has it first.
-        values = [given[-1], *given[:-1]] if given else [self._read(name) for name in self.names]
-        known = [slot.load(value) for slot, value in zip(self._slots, values, strict=True)]
-        start = values[0] if isinstance(values[0], float) else self.restart
-        if any(known):
-            self._fill_in(known, start)
+        """The state that the neuron starts from: ``given`` by the graph, or what its attributes hold.
+
+        While ``fixed``, the memory stays where it is, as :meth:`settle` left it.
+        """
+        if not self.fixed:
+            self._secure(bool(given))
+        fresh, start = self._load(given)
         v, *syn = (slot.memory for slot in self._slots)
         sequence = v.new_empty(self._steps, *v.shape) if self._wants_sequence else None
-        return State(v, syn[0] if syn else None, not any(known), float(start), sequence)
+        return State(v, syn[0] if syn else None, fresh, start, sequence)
+
+    def settle(self, *, leads: bool) -> Hashable:
+        """Make ready for a call whose kernels know their addresses; returns all that they depend on.
+
+        That is where the memory lies, what kind of things the attributes hold, and, if the neuron ``leads`` (they say
+        what it starts from), whether it starts afresh and from which membrane. Where it goes on, its attributes then
+        hold this very memory.
+        """
+        for name, slot in zip(self.names, self._slots, strict=True):
+            slot.secure(self._read(name) is slot.view, self.device)
+        places = self.places()
+        fresh, start = self._load(()) if leads else (True, 0.0)
+        if fresh:
+            return (places, start, *map(_kind, self.held()))
+        self.end()
+        return places
+
+    def places(self) -> tuple[int, ...]:
+        """Addresses of the memory, the membrane's first."""
+        return tuple(slot.memory.data_ptr() for slot in self._slots)
+
+    def held(self) -> tuple[Any, ...]:
+        """What the neuron's attributes hold."""
+        return tuple(self._read(name) for name in self.names)
+
+    def put(self, values: tuple[Any, ...]) -> None:
+        """Have the neuron's attributes hold what :meth:`held` returned."""
+        for name, value in zip(self.names, values, strict=True):
+            self._write(name, value)
 
     def wants_gradients(self) -> bool:
         """Whether what the neuron holds requires a gradient."""
@@ -92,8 +122,7 @@ class NeuronMemory:
 
     def peek(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copies of what :meth:`begin` would start from, in the order of the record."""
-        values = [given[-1], *given[:-1]] if given else [self._read(name) for name in self.names]
-        return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+        return tuple(value.clone() if isinstance(value, Tensor) else value for value in self._values(given))
 
     def end(self) -> None:
         """Leave the last state in the neuron's attributes."""
@@ -106,6 +135,26 @@ class NeuronMemory:
             return self._slots[0].view
         assert state.v_seq is not None
         return as_tensor(state.v_seq.flatten(0, 1), (self._steps, *self.shape), self._lead + 1)
+
+    def _secure(self, given: bool) -> None:
+        for name, slot in zip(self.names, self._slots, strict=True):
+            held = self._read(name) is slot.view
+            if held and given:  # the given state replaces it; it may be the very same tensor
+                self._write(name, None)
+            slot.secure(held and not given, self.device)
+
+    def _load(self, given: tuple[Any, ...]) -> tuple[bool, float]:
+        """Bring the state into the memory; whether there is none, and the membrane that such a neuron starts from."""
+        values = self._values(given)
+        known = [slot.load(value) for slot, value in zip(self._slots, values, strict=True)]
+        start = values[0] if isinstance(values[0], float) else self.restart
+        if any(known):
+            self._fill_in(known, start)
+        return not any(known), float(start)
+
+    def _values(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """States are passed and returned with the membrane last; the record has it first."""
+        return (given[-1], *given[:-1]) if given else self.held()
 
     def _fill_in(self, known: list[bool], start: float) -> None:
         """Where one of two states was there, the other starts afresh by itself."""

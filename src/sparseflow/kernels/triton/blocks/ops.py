@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparseflow.kernels.blocks.buffers import BufferPool
 from sparseflow.kernels.blocks.records import Dynamics, Epilogue, State
 from sparseflow.kernels.blocks.spikes import PackedSpikes
 from sparseflow.kernels.geometry import ConvGeometry, Three
@@ -22,6 +23,7 @@ class TritonBlockOps:
     """
 
     name = "triton"
+    pool: BufferPool | None = None  # PyTorch's allocator keeps memory too, and knows of streams and CUDA graphs
 
     def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> Packed:  # noqa: ARG002
         """Looks at the values once, to choose the parts that hold them, and so waits for the device."""
