@@ -103,7 +103,7 @@ def compared(before, after, name):
 
 def test_the_record_names_every_layer_and_why():
     record = sparseflow.prune_blocks(net(), density=0.5)
-    assert record["0"].reason == "smaller than one block"
+    assert record["0"].reason == "smaller than half a block"
     assert record["4"].reason == "grouped convolution"
     assert record["9"].reason == "last layer"
     assert record["2"].density == record["7"].density == record.density == 0.5

@@ -104,8 +104,8 @@ def prune_blocks(
     network is another network, to be fine-tuned; acceleration is then exact with respect to it.
 
     Left alone, each with its reason in the record: the first and the last layer, in the order of registration (few
-    weights, much accuracy), layers smaller than one block, grouped and depthwise convolutions, and what no sparse
-    kernel covers. First and last layers are pruned where ``include`` names them.
+    weights, much accuracy), layers with fewer channels than half a block, grouped and depthwise convolutions, and what
+    no sparse kernel covers. First and last layers are pruned where ``include`` names them.
 
     Pruned blocks stay zero after every step of any ``torch.optim`` optimizer, whatever its momentum and weight decay,
     and the gradients that reach them are cleared, so that clipping does not count them. That survives
@@ -132,8 +132,8 @@ def prune_blocks(
     >>> record = sparseflow.prune_blocks(net, density=0.25)
     >>> [(layer.name, layer.density) for layer in record.layers if layer.pruned]
     [('2', 0.25)]
-    >>> record["4"].reason
-    'smaller than one block'
+    >>> record["0"].reason, record["4"].reason
+    ('smaller than half a block', 'last layer')
     """
     _check(block, density, scope, include, exclude)
     reasons = _reasons(model, block, include, exclude)
@@ -209,7 +209,7 @@ def _uncovered(module: Any, block: Block) -> str:
     if getattr(module, "groups", 1) > 1:
         return "grouped convolution"
     outputs, inputs = module.weight.shape[:2]
-    return "smaller than one block" if outputs < block[0] or inputs < block[1] else ""
+    return "smaller than half a block" if 2 * outputs < block[0] or 2 * inputs < block[1] else ""
 
 
 def _check_held(name: str, module: nn.Module, block: Block) -> None:
