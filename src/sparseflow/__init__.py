@@ -21,6 +21,7 @@ from .frameworks import register_neuron
 from .neuron import NeuronSpec
 from .observe import profile, verify
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
+from .pruning import PruningRecord, keep_zero_blocks, prune_blocks
 from .stepping import run
 from .version import __version__
 
@@ -36,6 +37,7 @@ __all__ = [
     "Path",
     "Plan",
     "Provenance",
+    "PruningRecord",
     "Reason",
     "SparseflowError",
     "UnsupportedModelError",
@@ -44,7 +46,9 @@ __all__ = [
     "analyze",
     "calibrate",
     "disabled",
+    "keep_zero_blocks",
     "profile",
+    "prune_blocks",
     "refresh",
     "register_neuron",
     "report",

@@ -49,7 +49,7 @@ class Options:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         for option in ("include", "exclude"):
-            _check_patterns(option, getattr(self, option))
+            check_patterns(option, getattr(self, option))
         check_backend(self.backend)
 
 
@@ -86,14 +86,14 @@ def _check_device(model: nn.Module, backend: str) -> None:
             raise BackendUnavailableError(f"backend='triton': {reason}. Or use backend='auto'.")
 
 
-def _check_patterns(option: str, patterns: Patterns) -> None:
+def check_patterns(option: str, patterns: Patterns) -> None:
     if patterns is None or isinstance(patterns, str) or callable(patterns):
         return
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{option} must be a glob pattern, a list of them or a function (name, module) -> bool")
 
 
-def _matches(patterns: Patterns, name: str, module: nn.Module) -> bool:
+def matches(patterns: Patterns, name: str, module: nn.Module) -> bool:
     if patterns is None:
         return False
     if callable(patterns):
@@ -193,8 +193,8 @@ def _decide(name: str, module: nn.Module, site: LayerSite, options: Options) -> 
         return Reason.NOT_SPIKE_FED, site.detail
     if refusal is not None:
         return refusal
-    included = options.include is None or _matches(options.include, name, module)
-    if not included or _matches(options.exclude, name, module):
+    included = options.include is None or matches(options.include, name, module)
+    if not included or matches(options.exclude, name, module):
         return Reason.EXCLUDED, site.detail
     if options.mode == "dense":
         return Reason.MODE, site.detail

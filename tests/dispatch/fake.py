@@ -70,6 +70,7 @@ class FakeKernel:
     """Linear layer whose two stages are dense; counts what was asked of it."""
 
     deferred = True
+    weight_share = 1.0
 
     def __init__(self, path=Path.TILE, axis=OCCUPANCY, dtype=torch.float32):
         self.path, self.axis, self.dtype = path, axis, dtype

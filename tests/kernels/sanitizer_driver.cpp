@@ -11,7 +11,8 @@
 extern "C" {
 const char* sf_select(const char*);
 void sf_prescan(const SfScan*, const void*, uint64_t*, uint32_t*, int64_t*, int);
-int sf_conv(const SfConv*, const void*, const uint64_t*, const uint32_t*, const void*, const void*, void*, int, int);
+int sf_conv(const SfConv*, const void*, const uint64_t*, const uint32_t*, const void*, const int32_t*, const void*, void*,
+            int, int);
 int sf_linear(const SfLinear*, const void*, const uint64_t*, const uint32_t*, const void*, const void*, void*, int, int);
 void sf_pack(const void*, const int64_t*, const int64_t*, int64_t, int64_t, int, void*, int);
 void sf_poison_workspace(int);
@@ -97,6 +98,36 @@ struct Scanned {
   }
 };
 
+// A weight of which only the blocks that are not zero are kept, as engine.py packs it.
+struct Blocks {
+  Buffer values;
+  std::vector<int32_t> index;
+
+  // Makes some blocks of `w` zero first.
+  Blocks(Buffer& w, int64_t outputs, int64_t inputs, int64_t taps) : values(w.type, 0) {
+    const int64_t over = (outputs + 15) / 16, in = (inputs + 15) / 16, percent = one_of(0, 30, 100);
+    std::vector<int32_t> starts(1, 0), keys;
+    std::vector<double> kept;
+    for (int64_t b = 0; b < over * in * taps; b++) {
+      const int64_t ob = b / taps / in, ib = b / taps % in, tap = b % taps;
+      const bool present = pick(0, 99) < percent;
+      index.push_back(present ? int32_t(keys.size()) : -1);
+      if (present) keys.push_back(int32_t(ib << 16 | tap));
+      for (int64_t i = 0; i < 256; i++) {
+        const int64_t o = ob * 16 + i % 16, c = ib * 16 + i / 16, at = (o * inputs + c) * taps + tap;
+        const bool inside = o < outputs && c < inputs;
+        if (present) kept.push_back(inside ? w.get(at) : 0.0);
+        if (!present && inside) w.set(at, 0.0);
+      }
+      if ((b + 1) % (in * taps) == 0) starts.push_back(int32_t(keys.size()));
+    }
+    index.insert(index.end(), starts.begin(), starts.end());
+    index.insert(index.end(), keys.begin(), keys.end());
+    values = Buffer(w.type, int64_t(kept.size()));
+    for (size_t i = 0; i < kept.size(); i++) values.set(int64_t(i), kept[i]);
+  }
+};
+
 bool run_conv() {
   SfConv p{};
   p.type = int32_t(pick(0, 3));
@@ -133,8 +164,15 @@ bool run_conv() {
   const SfScan scan{p.batch, p.in_channels, plane, p.in_size[2], p.type, p.x_channels_last};
   const Scanned scanned(scan, x, threads);
   sf_poison_workspace(0xFF);
-  sf_conv(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), packed.bytes.data(),
-          biased ? bias.bytes.data() : nullptr, out.bytes.data(), !scanned.counts[2], threads);
+  const void* shift = biased ? bias.bytes.data() : nullptr;
+  if (p.groups == 1 && pick(0, 1)) {
+    const Blocks blocks(w, p.out_channels, p.in_channels, taps);
+    sf_conv(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), blocks.values.bytes.data(),
+            blocks.index.data(), shift, out.bytes.data(), !scanned.counts[2], threads);
+  } else {
+    sf_conv(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), packed.bytes.data(), nullptr, shift,
+            out.bytes.data(), !scanned.counts[2], threads);
+  }
 
   for (int64_t i = 0; i < p.batch * p.out_channels * out_plane; i++) {
     const int64_t n = i / out_plane / p.out_channels, o = i / out_plane % p.out_channels, at = i % out_plane;

@@ -20,11 +20,14 @@ from .spikes import synthetic_spikes
 Run = Callable[[PackedSpikes, str | None], object]
 
 
-def block_key(ops: str, geometry: ConvGeometry, steps: int, neuron: str, residual: str) -> str:
+def block_key(
+    ops: str, geometry: ConvGeometry, steps: int, neuron: str, residual: str, weight_share: float = 1.0
+) -> str:
     """What the crossover of a block is stored under: everything that its time depends on but the spikes."""
     g = geometry
     sizes = "x".join(map(str, (g.batch, g.in_channels, g.out_channels, g.groups)))
     shape = f"{g.in_size}{g.kernel}{g.stride}{g.padding}{g.dilation}".replace(" ", "")
+    shape += f"|blocks{weight_share}" if weight_share < 1.0 else ""
     return f"block|{ops}|{sizes}|{shape}|T{steps}|{neuron}|{residual}|t{torch.get_num_threads()}"
 
 

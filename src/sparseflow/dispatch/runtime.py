@@ -14,6 +14,7 @@ from torch import Tensor
 from sparseflow.kernels import functional
 from sparseflow.kernels.base import Call, HostKernel, Refusal
 from sparseflow.kernels.select import Candidates, candidates
+from sparseflow.kernels.weight_blocks import present_share
 from sparseflow.plan import LayerPlan, Path, Reason
 
 from .crossovers import CrossoverSource, RuntimeConfig, conditions, forced
@@ -60,9 +61,17 @@ class LayerRuntime:
         self._reset_caches()
 
     def refresh(self, weight: Tensor) -> None:
-        """Pack ``weight`` anew: at once where captured graphs read the packed copy, else at the next sparse call."""
+        """Pack ``weight`` anew: at once where captured graphs read the packed copy, else at the next sparse call.
+
+        Where another share of its blocks is zero now, other variants may win: the next call binds its kernels anew.
+        """
         self._state.packed.invalidate()
         self._state.resident.refresh(weight)
+        shares = {kernel.weight_share for site in self._sites.values() for kernel, _ in site.candidates}
+        if not weight.is_cuda and shares - {present_share(weight)}:
+            with self._lock:
+                self._sites.clear()
+                self._hopeless = {}
 
     def goes_dense(self, x: Tensor) -> bool:
         """The cheap check that lets a layer where sparse never wins run its original forward at once."""

@@ -12,6 +12,7 @@ from sparseflow.plan import Path, Reason
 
 from .base import DENSITY, Call, ConvCall, Layout, Refusal, conv_layout
 from .cpu import engine
+from .weight_blocks import present_share
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,18 +28,19 @@ def bind(x: Tensor, weight: Tensor, call: Call) -> EventConv | EventLinear | Ref
     if not weight.numel():
         return Refusal(Reason.NO_ENGINE, "the weight is empty")
     if isinstance(call, ConvCall):
-        return _bind_conv(tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(), x.dtype, call)
-    return EventLinear(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype)
+        share = present_share(weight) if call.groups == 1 else 1.0
+        return _bind_conv(tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(), x.dtype, call, share)
+    return EventLinear(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype, present_share(weight))
 
 
 @functools.lru_cache(maxsize=1024)
-def _bind_conv(x_shape, x_stride, w_shape, w_stride, dtype, call: ConvCall) -> EventConv | Refusal:
+def _bind_conv(x_shape, x_stride, w_shape, w_stride, dtype, call: ConvCall, share: float) -> EventConv | Refusal:
     layout = conv_layout(x_shape, x_stride, w_shape, w_stride, dtype, call)
     geometry = engine.ConvGeometry.from_call(x_shape, w_shape, call.stride, call.padding, call.dilation, call.groups)
     refusal = engine.conv_supported(geometry, dtype)
     if refusal is not None:
         return Refusal(Reason.NO_ENGINE, refusal)
-    return EventConv(geometry, layout, dtype)
+    return EventConv(geometry, layout, dtype, share)
 
 
 class EventConv:
@@ -48,22 +50,24 @@ class EventConv:
     axis = DENSITY
     deferred = False
 
-    def __init__(self, geometry: engine.ConvGeometry, layout: Layout, dtype: torch.dtype):
-        self.geometry, self.layout, self.dtype = geometry, layout, dtype
+    def __init__(self, geometry: engine.ConvGeometry, layout: Layout, dtype: torch.dtype, weight_share: float = 1.0):
+        self.geometry, self.layout, self.dtype, self.weight_share = geometry, layout, dtype, weight_share
 
     def variants(self) -> tuple[str, ...]:
-        return tuple(v.name for v in engine.conv_variants(self.geometry, self.dtype))
+        return tuple(v.name for v in engine.conv_variants(self.geometry, self.dtype, self.weight_share))
 
-    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
-        return engine.pack_conv_weight(weight, self.geometry.groups, _variant(variant))
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> engine.Packed:  # noqa: ARG002
+        return engine.pack_weight(weight, self.geometry.groups, _variant(variant))
 
-    def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
+    def matches(self, weight: Tensor, packed: engine.Packed, variant: str, offset: int) -> bool:
         return engine.weights_match(weight, packed, self.geometry.groups, _variant(variant), offset)
 
     def prescan(self, x: Tensor, variant: str) -> engine.Prescan:  # noqa: ARG002
         return engine.prescan_conv(x, self.geometry)
 
-    def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+    def compute(
+        self, x: Tensor, scan: engine.Prescan, packed: engine.Packed, bias: Tensor | None, variant: str
+    ) -> Tensor:
         return engine.conv(
             x,
             scan,
@@ -83,23 +87,27 @@ class EventLinear:
     axis = DENSITY
     deferred = False
 
-    def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
+    def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype, weight_share: float = 1.0):
         self.rows, self.in_features, self.out_features, self.dtype = rows, in_features, out_features, dtype
+        self.weight_share = weight_share
 
     def variants(self) -> tuple[str, ...]:
-        found = engine.linear_variants(self.rows, self.in_features, self.out_features, self.dtype)
+        sizes = (self.rows, self.in_features, self.out_features)
+        found = engine.linear_variants(*sizes, self.dtype, self.weight_share)
         return tuple(v.name for v in found)
 
-    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> Tensor:  # noqa: ARG002
-        return engine.pack_linear_weight(weight, _variant(variant))
+    def pack(self, weight: Tensor, variant: str, *, inspect: bool = True) -> engine.Packed:  # noqa: ARG002
+        return engine.pack_weight(weight, 1, _variant(variant))
 
-    def matches(self, weight: Tensor, packed: Tensor, variant: str, offset: int) -> bool:
+    def matches(self, weight: Tensor, packed: engine.Packed, variant: str, offset: int) -> bool:
         return engine.weights_match(weight, packed, 1, _variant(variant), offset)
 
     def prescan(self, x: Tensor, variant: str) -> engine.Prescan:  # noqa: ARG002
         return engine.prescan_linear(x.reshape(self.rows, self.in_features))
 
-    def compute(self, x: Tensor, scan: engine.Prescan, packed: Tensor, bias: Tensor | None, variant: str) -> Tensor:
+    def compute(
+        self, x: Tensor, scan: engine.Prescan, packed: engine.Packed, bias: Tensor | None, variant: str
+    ) -> Tensor:
         out = torch.empty(self.rows, self.out_features, dtype=self.dtype)
         rows = x.reshape(self.rows, self.in_features)
         engine.linear(rows, scan, packed, _as(bias, self.dtype), _variant(variant), out=out)

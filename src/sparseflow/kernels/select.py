@@ -48,7 +48,8 @@ def candidates(x: Tensor, weight: Tensor, call: Call, backend: str) -> Candidate
     """The kernels that cover the call, best guess first, else the refusal of the preferred backend.
 
     ``"auto"`` means the Triton kernels for CUDA tensors, and for others the native engine or else its fallback.
-    Binding looks at shapes, strides, dtype and device only, never at values.
+    Binding looks at shapes, strides, dtype and device; of values only, and on the CPU only, at which blocks of the
+    weight are zero.
     """
     names = _AUTO.get(x.device.type, _AUTO_ELSEWHERE) if backend == "auto" else (backend,)
     refusals = []

@@ -22,6 +22,7 @@ from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_l
 from sparseflow.kernels.cpu import engine, loader
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.kernels.reference import excess
+from sparseflow.kernels.weight_blocks import present_blocks, spread
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
 blocks = pytest.importorskip("sparseflow.kernels.cpu.blocks")
@@ -384,11 +385,24 @@ def five_dims(weight):
     return weight.reshape(*weight.shape[:2], *[1] * (5 - weight.dim()), *weight.shape[2:])
 
 
+SHARES = st.sampled_from([1.0, 0.7, 0.3, 0.0])  # of weight blocks that are there
+
+
+def pruned(weight, share, seed):
+    """``weight`` without some blocks of 16 x 16 channels."""
+    kept = torch.rand(present_blocks(weight).shape, generator=generator(seed)) < share
+    return weight * spread(kept, weight.shape)
+
+
+def variants_for(weight, geometry, steps):
+    return ops().variants(geometry, steps, ops().weight_share(five_dims(weight), geometry))
+
+
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), layer=layers(), density=DENSITIES, most=MOSTS, seed=SEEDS)
-def test_conv(data, layer, density, most, seed):
+@given(data=st.data(), layer=layers(), density=DENSITIES, share=SHARES, most=MOSTS, seed=SEEDS)
+def test_conv(data, layer, density, share, most, seed):
     geometry, (steps, batch, *_) = geometry_of(layer), layer[0]
-    x, weight = packed(layer[0], density, most, seed), grid(layer[1], seed)
+    x, weight = packed(layer[0], density, most, seed), pruned(grid(layer[1], seed), share, seed)
     size = geometry.out_size[3 - x.dims :]
     epilogue = data.draw(epilogues((steps, batch), geometry.out_channels, size))
     neuron = data.draw(st.none() | neurons(geometry.out_channels))
@@ -396,7 +410,7 @@ def test_conv(data, layer, density, most, seed):
     state = None if neuron is None else data.draw(states(neuron, shape, steps))
     wanted = None if state is None else copied(state)
     expected = reference.conv(x, five_dims(weight), geometry, epilogue, neuron, wanted, steps)
-    variants = ops().variants(geometry, steps)
+    variants = variants_for(weight, geometry, steps)
     assert variants
     for variant in variants:
         own = None if state is None else copied(state)
@@ -424,13 +438,14 @@ def test_sums_stay_inside_the_error_budget(layer, density, most, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), layer=layers(), density=DENSITIES, seed=SEEDS)
-def test_a_neuron_sees_the_sums_that_the_layer_returns(data, layer, density, seed):
+@given(data=st.data(), layer=layers(), density=DENSITIES, share=SHARES, seed=SEEDS)
+def test_a_neuron_sees_the_sums_that_the_layer_returns(data, layer, density, share, seed):
     """Fused or not, the order of the additions is the same, so random weights give the same spikes too."""
     geometry, (steps, batch, *_) = geometry_of(layer), layer[0]
     x, weight = packed(layer[0], density, seed=seed), torch.randn(layer[1], generator=generator(seed))
+    weight = pruned(weight, share, seed)
     neuron = data.draw(neurons(geometry.out_channels))
-    for variant in ops().variants(geometry, steps):
+    for variant in variants_for(weight, geometry, steps):
         weights = ops().pack_weight(weight, geometry, variant)
         state = State(*(torch.empty(batch, geometry.out_pixels, geometry.out_channels) for _ in range(2)))
         wanted = copied(state)
@@ -439,6 +454,17 @@ def test_a_neuron_sees_the_sums_that_the_layer_returns(data, layer, density, see
         dense = reference.run_neuron(sums, neuron, wanted, steps)
         assert_spikes(found, reference.packed_like(dense, geometry.out_size, x.dims))
         assert torch.equal(state.v, wanted.v)
+
+
+def test_zero_blocks_bring_variants_that_skip_them():
+    geometry = ConvGeometry.from_call((4, 64, 5, 5), (48, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    weight = grid((48, 64, 3, 3), 0)
+    full = variants_for(weight, geometry, 2)
+    half, most = (variants_for(pruned(weight, share, 1), geometry, 2) for share in (0.25, 0.9))
+    assert not any(name.startswith("blocks") for name in full)
+    assert half[0].startswith("blocks")
+    assert most[-1].startswith("blocks")
+    assert set(full) < set(half)
 
 
 @pytest.mark.parametrize("channels", [1, 31, 64])

@@ -127,7 +127,14 @@ class BlockOps(Protocol):
         """``weight [O, C / groups, *kernel]`` float32 as the kernels of ``variant`` read it."""
         ...
 
-    def variants(self, geometry: ConvGeometry, steps: int) -> tuple[str, ...]:
+    def weight_share(self, weight: Tensor, geometry: ConvGeometry) -> float:
+        """Share of blocks of ``weight [O, C / groups, D, H, W]`` that are not zero; 1 where zero blocks do not matter.
+
+        Times belong to it.
+        """
+        ...
+
+    def variants(self, geometry: ConvGeometry, steps: int, weight_share: float = 1.0) -> tuple[str, ...]:
         """Configurations of :meth:`conv` worth measuring, best guess first; empty where it is not supported."""
         ...
 

@@ -16,12 +16,13 @@ from sparseflow.kernels.blocks.buffers import BufferPool
 from sparseflow.kernels.blocks.records import Constant, Dynamics, Epilogue, State
 from sparseflow.kernels.blocks.spikes import WORD, PackedSpikes, as_tensor, channels_last, spatial
 from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.weight_blocks import present_share
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
 from . import engine
 from .chain import NativeChain
 from .records import BlockStruct, LinkStruct, NeuronStruct, PoolStruct, Structure, Variant
-from .schedule import resolve
+from .schedule import block_variants, resolve, with_blocks
 
 _CHARGES = {charge: i for i, charge in enumerate(Charge)}
 _RESETS = {reset: i for i, reset in enumerate(Reset)}
@@ -45,28 +46,28 @@ class NativeBlockOps:
         self.pool = pool or BufferPool()
         self._blocks: dict[Any, _Block] = {}
 
-    def variants(self, geometry: ConvGeometry, steps: int) -> tuple[str, ...]:  # noqa: ARG002
+    def weight_share(self, weight: Tensor, geometry: ConvGeometry) -> float:
+        """Share of the weight's blocks that are not zero, to two decimals."""
+        return present_share(weight) if geometry.groups == 1 else 1.0
+
+    def variants(self, geometry: ConvGeometry, steps: int, weight_share: float = 1.0) -> tuple[str, ...]:  # noqa: ARG002
         """Configurations of :meth:`conv`, best guess first; none where spikes of two groups would share a byte."""
         outputs = geometry.out_channels // geometry.groups
         if geometry.groups > 1 and outputs % _UNIT:
             return ()
         if engine.conv_supported(geometry, torch.float32) is not None:
             return ()
-        if outputs <= 32:
-            return (Variant(Structure.PIXELS, 16 if outputs <= 16 else 32).name,)
-        found = [Variant(Structure.PIXELS, 32), Variant(Structure.PIXELS, 64), Variant(Structure.OUTPUTS, 64)]
-        if geometry.out_pixels == 1:
-            found.reverse()
-        return tuple(variant.name for variant in found)
+        blocks = block_variants(geometry, weight_share)
+        return tuple(variant.name for variant in with_blocks(_full_variants(geometry), blocks, weight_share))
 
-    def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> Tensor:
-        """See :func:`sparseflow.kernels.cpu.engine.pack_conv_weight`."""
-        return engine.pack_conv_weight(weight, geometry.groups, _variant(variant))
+    def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> engine.Packed:
+        """See :func:`sparseflow.kernels.cpu.engine.pack_weight`."""
+        return engine.pack_weight(weight, geometry.groups, _variant(variant))
 
     def conv(
         self,
         x: PackedSpikes,
-        packed: Tensor,
+        packed: engine.Packed,
         geometry: ConvGeometry,
         variant: str,
         epilogue: Epilogue,
@@ -86,7 +87,7 @@ class NativeBlockOps:
             x.bits.data_ptr(),
             x.row_counts.data_ptr(),
             None if x.counts is None else x.counts.data_ptr(),
-            packed.data_ptr(),
+            *engine.addresses(packed),
             engine.threads_for(nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + 4 * block.numel),
         )
         _check(status)
@@ -95,7 +96,7 @@ class NativeBlockOps:
     def prepare(
         self,
         x: PackedSpikes,
-        packed: Tensor,
+        packed: engine.Packed,
         geometry: ConvGeometry,
         variant: str,
         epilogue: Epilogue,
@@ -304,7 +305,7 @@ class PreparedConv:
     def __init__(
         self,
         x: PackedSpikes,
-        packed: Tensor,
+        packed: engine.Packed,
         geometry: ConvGeometry,
         variant: str,
         epilogue: Epilogue,
@@ -322,10 +323,12 @@ class PreparedConv:
         self._convs = (ctypes.c_void_p * 65)()
         self._variant, self._geometry, self._numel = variant, geometry, max(1, x.numel)
         self._structs: dict[int, Any] = {}
+        values, index = engine.addresses(packed)
         self.link = LinkStruct(
             convs=ctypes.addressof(self._convs),
             block=ctypes.addressof(block.struct),
-            packed=packed.data_ptr(),
+            packed=values,
+            index=index,
             most=self._numel,
             event_work=geometry.taps * (geometry.out_channels // geometry.groups),
             fixed_work=4 * block.numel,
@@ -413,6 +416,14 @@ def _vector(constant: Constant, channels: int) -> Tensor:
     vector = torch.zeros(padded)
     vector[:channels] = constant if isinstance(constant, Tensor) else float(constant)
     return vector
+
+
+def _full_variants(geometry: ConvGeometry) -> tuple[Variant, ...]:
+    outputs = geometry.out_channels // geometry.groups
+    if outputs <= 32:
+        return (Variant(Structure.PIXELS, 16 if outputs <= 16 else 32),)
+    found = (Variant(Structure.PIXELS, 32), Variant(Structure.PIXELS, 64), Variant(Structure.OUTPUTS, 64))
+    return found[::-1] if geometry.out_pixels == 1 else found
 
 
 @functools.lru_cache(maxsize=256)

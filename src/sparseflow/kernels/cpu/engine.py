@@ -12,6 +12,9 @@ An element is an event when ``x != 0`` (NaN is one, -0.0 is not). Binary input (
 additions only; any other values are multiplied in, so the result is exact for every input. Sums are kept in float32
 (float64 for float64 input) and rounded once. Results do not depend on the number of threads.
 
+Where a weight has all-zero blocks of 16 x 16 channels, ``conv_variants(..., share)`` also proposes the structure
+``blocks``: :func:`pack_blocks` keeps the other blocks only, and :func:`conv` and :func:`linear` skip what is not there.
+
 This module knows nothing of ``nn.Module`` and never decides whether sparse is worthwhile.
 """
 
@@ -27,12 +30,14 @@ import torch
 from torch import Tensor
 
 from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.weight_blocks import BLOCK, in_blocks, present_blocks
 
 from . import loader
 from .records import DTYPES, WORD, ConvStruct, LinearStruct, ScanStruct, Structure, Variant
 from .schedule import conv_supported, conv_variants, linear_variants, resolve
 
 __all__ = [
+    "BlockWeight",
     "ConvGeometry",
     "Prescan",
     "Variant",
@@ -43,6 +48,7 @@ __all__ = [
     "isa",
     "linear",
     "linear_variants",
+    "pack_blocks",
     "pack_conv_weight",
     "pack_linear_weight",
     "prescan_conv",
@@ -167,6 +173,49 @@ def _prescan(x: Tensor, cached: tuple[Any, int, int], channels_last: bool) -> Pr
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
+class BlockWeight(NamedTuple):
+    """The blocks of a weight that hold anything.
+
+    ``values`` is ``[blocks, 16 inputs, 16 outputs]``. ``places`` (int32) has the place in ``values`` of every block
+    there could be, or -1; then for every 16 outputs where their blocks begin, and an end; then for every block in
+    ``values`` its ``input block << 16 | tap``.
+    """
+
+    values: Tensor
+    places: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight."""
+        return self.values.dtype
+
+
+Packed = Tensor | BlockWeight
+
+
+def pack_weight(weight: Tensor, groups: int, variant: Variant) -> Packed:
+    """``weight [O, C / groups, *kernel]`` as the kernels of ``variant`` read it."""
+    if variant.structure == Structure.BLOCKS:
+        return pack_blocks(weight)
+    return pack_conv_weight(weight, groups, variant)
+
+
+def pack_blocks(weight: Tensor) -> BlockWeight:
+    """The blocks of ``weight [O, C, *kernel]`` that are not all zero.
+
+    >>> weight = torch.zeros(32, 16)
+    >>> weight[20, 3] = 1.0
+    >>> pack_blocks(weight).values.shape, pack_blocks(weight).places.tolist()
+    (torch.Size([1, 16, 16]), [-1, 0, 0, 0, 1, 0])
+    """
+    present = present_blocks(weight, BLOCK)
+    values = in_blocks(weight, BLOCK).permute(0, 2, 4, 3, 1)[present].contiguous()
+    places = (present.flatten().cumsum(0) - 1).masked_fill(~present.flatten(), -1)
+    starts = torch.nn.functional.pad(present.sum((1, 2)).cumsum(0), (1, 0))
+    _, inputs, taps = present.nonzero().unbind(1)
+    return BlockWeight(values, torch.cat([places, starts, inputs << 16 | taps]).int())
+
+
 def pack_conv_weight(weight: Tensor, groups: int, variant: Variant) -> Tensor:
     """``weight [O, C / groups, *kernel]`` (any strides) in the order the kernels read it.
 
@@ -188,7 +237,7 @@ def pack_linear_weight(weight: Tensor, variant: Variant) -> Tensor:
     return pack_conv_weight(weight, 1, variant)
 
 
-def weights_match(weight: Tensor, packed: Tensor, groups: int, variant: Variant, offset: int) -> bool:
+def weights_match(weight: Tensor, packed: Packed, groups: int, variant: Variant, offset: int) -> bool:
     """Compare 32 elements of ``weight``, spread over all of it, with their packed copies. Takes microseconds.
 
     ``offset`` moves the places looked at, so that repeated calls find any in-place change (one that did not raise
@@ -196,7 +245,7 @@ def weights_match(weight: Tensor, packed: Tensor, groups: int, variant: Variant,
     """
     size, stride = _five_dims(weight.shape, weight.stride())
     groups = 1 if variant.structure == Structure.DEPTHWISE else groups
-    where = weight.data_ptr(), size, stride, groups, variant.block, DTYPES[weight.dtype], packed.data_ptr()
+    where = weight.data_ptr(), size, stride, groups, variant.block, DTYPES[weight.dtype], *addresses(packed)
     return library().sf_match(*where, offset, _SAMPLES) != 0
 
 
@@ -206,7 +255,7 @@ def weights_match(weight: Tensor, packed: Tensor, groups: int, variant: Variant,
 def conv(
     x: Tensor,
     scan: Prescan,
-    packed: Tensor,
+    packed: Packed,
     bias: Tensor | None,
     geometry: ConvGeometry,
     variant: Variant,
@@ -226,49 +275,50 @@ def conv(
     fixed = resolve(variant, geometry, packed.dtype, scan.density)
     struct = conv_struct(geometry, fixed, packed.dtype, scan.channels_last, channels_last)
     work = scan.nonzero * geometry.taps * (geometry.out_channels // geometry.groups) + out.numel()
-    _compute(library().sf_conv, struct, scan, packed, bias, out, work)
+    _compute(library().sf_conv, struct, scan, addresses(packed), bias, out, work)
     return out
 
 
 def linear(
-    x2d: Tensor, scan: Prescan, packed: Tensor, bias: Tensor | None, variant: Variant, out: Tensor | None = None
+    x2d: Tensor, scan: Prescan, packed: Packed, bias: Tensor | None, variant: Variant, out: Tensor | None = None
 ) -> Tensor:
     """``x [rows, in_features]`` times weights packed for ``variant``: ``[rows, out_features]``.
 
     ``out_features`` is taken from ``out`` or ``bias`` if given, else from the packed weights (then it includes the
-    padding to ``variant.block``).
+    padding to ``variant.block``; packed blocks do not say it).
     """
     rows, features = x2d.shape
     if out is None:
-        outputs = packed.numel() // features if bias is None else bias.numel()
+        assert bias is not None or isinstance(packed, Tensor), "packed blocks do not say how many outputs there are"
+        outputs = bias.numel() if bias is not None else packed.numel() // features  # type: ignore[union-attr]
         out = torch.empty(rows, outputs, dtype=packed.dtype)
     if out.numel() == 0:
         return out
     outputs = out.shape[1]
     work = scan.nonzero * outputs + out.numel()
-    if variant.structure == Structure.ROWS:
+    if variant.structure == Structure.ROWS and isinstance(packed, Tensor):
         struct = _linear_struct(rows, features, outputs, variant, packed.dtype)
-        _compute(library().sf_linear, struct, scan, packed, bias, out, work)
+        _compute(library().sf_linear, struct, scan, (packed.data_ptr(),), bias, out, work)
     else:
         geometry = _linear_geometry(rows, features, outputs)
         fixed = resolve(variant, geometry, packed.dtype, scan.density)
         struct = conv_struct(geometry, fixed, packed.dtype, True, True)
-        _compute(library().sf_conv, struct, scan, packed, bias, out, work)
+        _compute(library().sf_conv, struct, scan, addresses(packed), bias, out, work)
     return out
 
 
 def _compute(
-    function: Any, struct: Any, scan: Prescan, packed: Tensor, bias: Tensor | None, out: Tensor, work: int
+    function: Any, struct: Any, scan: Prescan, weights: tuple[Any, ...], bias: Tensor | None, out: Tensor, work: int
 ) -> None:
     bits = scan.bits.data_ptr()
     if bias is not None:
-        bias = bias.detach().to(packed.dtype).contiguous()
+        bias = bias.detach().to(out.dtype).contiguous()
     status = function(
         struct,
         scan.source.data_ptr(),
         bits,
         bits + 8 * scan.words,
-        packed.data_ptr(),
+        *weights,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         not scan.binary,
@@ -276,6 +326,11 @@ def _compute(
     )
     if status != 0:
         raise MemoryError("the native engine could not allocate its workspace")
+
+
+def addresses(packed: Packed) -> tuple[int, int | None]:
+    """Where the values of a packed weight lie, and the index of one in blocks."""
+    return (packed.data_ptr(), None) if isinstance(packed, Tensor) else tuple(part.data_ptr() for part in packed)  # type: ignore[return-value]
 
 
 def threads_for(work: int) -> int:

@@ -80,9 +80,9 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_select": (ctypes.c_char_p, [ctypes.c_char_p]),
         "sf_isa": (ctypes.c_char_p, []),
         "sf_prescan": (None, [pointer] * 5 + [integer]),
-        "sf_conv": (integer, [pointer] * 7 + [integer, integer]),
+        "sf_conv": (integer, [pointer] * 8 + [integer, integer]),
         "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
-        "sf_block_conv": (integer, [pointer] * 6 + [integer]),
+        "sf_block_conv": (integer, [pointer] * 7 + [integer]),
         "sf_chain": (size, [pointer, size, integer, size]),
         "sf_watch": (None, [pointer, size]),
         "sf_watched_hold": (integer, [pointer, size, size]),
@@ -94,7 +94,7 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_avg_pool": (None, [pointer] * 4 + [integer]),
         "sf_concat": (None, [integer] + [pointer] * 2 + [size] * 2 + [pointer] * 3 + [integer]),
         "sf_pack": (None, [pointer] * 3 + [size, size, integer, pointer, integer]),
-        "sf_match": (integer, [pointer] * 3 + [size, size, integer, pointer, size, size]),
+        "sf_match": (integer, [pointer] * 3 + [size, size, integer, pointer, pointer, size, size]),
         "sf_poison_workspace": (None, [integer]),
     }
     for name, (result, arguments) in signatures.items():

@@ -60,7 +60,8 @@ class LinkStruct(ctypes.Structure):
     """``SfLink`` of abi.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("convs", "block", "bits", "row_counts", "counts", "packed", "nonzero")),
+        *((name, ctypes.c_void_p) for name in ("convs", "block", "bits", "row_counts", "counts", "packed", "index")),
+        ("nonzero", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("most", "event_work", "fixed_work", "seen")),
     ]
 
@@ -103,6 +104,7 @@ class Structure:
     OUTPUTS = "outputs"
     DEPTHWISE = "depthwise"
     ROWS = "rows"
+    BLOCKS = "blocks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Variant:
     """One way to run a layer. ``block`` decides how weights are packed, the rest how they are walked.
 
     ``structure``: threads share the output ``pixels`` or the ``outputs`` (channels); ``depthwise``; or, for linear
-    layers, whole weight ``rows`` are streamed. ``block``: output channels side by side in a packed row. ``width``:
+    layers, whole weight ``rows`` are streamed; ``blocks``: of a weight with zero blocks only the others are kept, and
+    met with the events block by block. ``block``: output channels side by side in a packed row. ``width``:
     output channels per walk over the events, 0 to choose by density at every call (then ``slab`` and ``tile`` are
     chosen too). ``slab``: (kernel row, 64-channel word) pairs per walk, 0 for all. ``tile``: output pixels per tile.
     """
@@ -133,7 +136,7 @@ class Variant:
     @classmethod
     def from_name(cls, name: str) -> Variant:
         """The variant called ``name``. Raises ``ValueError`` if it is no variant's name."""
-        match = re.fullmatch(r"(depthwise|pixels|outputs|rows)-b(\d+)-w(\d+)-s(\d+)-t(\d+)", name)
+        match = re.fullmatch(r"(depthwise|pixels|outputs|rows|blocks)-b(\d+)-w(\d+)-s(\d+)-t(\d+)", name)
         if match is None:
             raise ValueError(f"not a kernel variant: {name!r}")
         block, width, slab, tile = (int(number) for number in match.groups()[1:])

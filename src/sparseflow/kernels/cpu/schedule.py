@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.weight_blocks import BLOCK
 
 from .records import DTYPES, WORD, Structure, Variant
 
@@ -19,6 +20,10 @@ _SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of
 # Events per walk below which the cost of starting a walk outweighs the L1 hits; twice as many where all weights of a
 # pass are not much larger than a slab.
 _MIN_SLAB_EVENTS = 24
+_BLOCK_TILES = (112, 400)  # output pixels of a tile whose sums, of 16 channels, stay in L1
+_SPARSE_SHARE = 0.5  # of weight blocks: up to it, skipping the others is the best guess
+_MAX_KEY = 1 << 15  # taps, and blocks of input channels, that an index can tell apart
+_MAX_PLACES = 1 << 14  # pixels that an entry can tell apart
 _WIDE_DENSITY = 0.04  # below it walks are short, and one wide walk beats two narrow ones
 
 
@@ -33,8 +38,38 @@ def conv_supported(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
     return None
 
 
-def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, ...]:
-    """Variants worth measuring for a convolution, best guess first."""
+def conv_variants(geometry: ConvGeometry, dtype: torch.dtype, share: float = 1.0) -> tuple[Variant, ...]:
+    """Variants worth measuring for a convolution, best guess first. ``share``: of weight blocks that are not zero."""
+    full = _full_conv_variants(geometry, dtype)
+    return with_blocks(full, block_variants(geometry, share), share)
+
+
+def block_variants(geometry: ConvGeometry, share: float) -> tuple[Variant, ...]:
+    """Variants that skip zero blocks of the weight; none where there are none to skip."""
+    if share >= 1.0 or geometry.groups > 1 or geometry.taps >= _MAX_KEY or geometry.in_channels >= _MAX_KEY * BLOCK[1]:
+        return ()
+    return tuple(_blocks(tile) for tile in _BLOCK_TILES if _places(geometry, tile) < _MAX_PLACES)
+
+
+def with_blocks(full: tuple[Variant, ...], blocks: tuple[Variant, ...], share: float) -> tuple[Variant, ...]:
+    """Both together; those that skip blocks first where there is much to skip."""
+    return blocks + full if share <= _SPARSE_SHARE else full + blocks
+
+
+def _blocks(tile: int) -> Variant:
+    return Variant(Structure.BLOCKS, BLOCK[0], BLOCK[0], 0, tile)
+
+
+def _places(geometry: ConvGeometry, tile: int) -> int:
+    """At most, pixels between two events of a tile, gaps and halo included."""
+    reach = [
+        -(-d * (k - 1) // s) + 1 for k, s, d in zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    ]
+    columns = min(geometry.out_size[2], tile)
+    return (tile // columns + reach[1]) * (columns + reach[2])
+
+
+def _full_conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, ...]:
     if geometry.depthwise:
         return (Variant(Structure.DEPTHWISE, 64, 64, 0, _TILE),)
     outputs = geometry.out_channels // geometry.groups
@@ -49,8 +84,19 @@ def conv_variants(geometry: ConvGeometry, dtype: torch.dtype) -> tuple[Variant, 
     return (pixels, Variant(Structure.PIXELS, 64))
 
 
-def linear_variants(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
-    """Variants worth measuring for ``[rows, in_features] x [out_features, in_features]``, best guess first."""
+def linear_variants(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, share: float = 1.0
+) -> tuple[Variant, ...]:
+    """Variants worth measuring for ``[rows, in_features] x [out_features, in_features]``, best guess first.
+
+    ``share``: of weight blocks that are not zero.
+    """
+    full = _full_linear_variants(rows, in_features, out_features, dtype)
+    skips = share < 1.0 and in_features < _MAX_KEY * BLOCK[1]
+    return with_blocks(full, tuple(map(_blocks, _BLOCK_TILES)) if skips else (), share)
+
+
+def _full_linear_variants(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
     longest = min(_MAX_OFFSET // (in_features * dtype.itemsize) // 2, -(-out_features // 64) * 64)
     stream = Variant(Structure.ROWS, max(64, longest // 64 * 64), 1)
     shared = Variant(Structure.ROWS, min(512, stream.block), 1, 4)

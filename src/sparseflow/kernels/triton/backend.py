@@ -142,6 +142,7 @@ class TileConv:
     path = Path.TILE
     axis = OCCUPANCY
     deferred = True
+    weight_share = 1.0
 
     def __init__(self, geometry: ConvGeometry, layout: Layout, dtype: torch.dtype, *, tf32: bool):
         self.geometry, self.layout, self.dtype, self.tf32 = geometry, layout, dtype, tf32

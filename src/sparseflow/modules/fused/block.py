@@ -246,10 +246,11 @@ class BlockRun:
         """Find the crossover of a block on packed spikes; ``like`` and ``residual`` are what it gets."""
         if self.geometry is None:
             return
-        variants = self.ops.variants(self.geometry, self.block.steps)
+        self._share = self._share_now()
+        variants = self.ops.variants(self.geometry, self.block.steps, self._share)
         neuron = f"{self.dynamics.charge}/{self.dynamics.reset}" if self.dynamics else "none"
         kind = "packed" if isinstance(residual, PackedSpikes) else "dense" if residual is not None else "none"
-        key = block_key(self.ops.name, self.geometry, self.block.steps, neuron.replace(" ", ""), kind)
+        key = block_key(self.ops.name, self.geometry, self.block.steps, neuron.replace(" ", ""), kind, self._share)
         if not variants:
             self.policy = Policy(Crossover(key, 0.0, 0.0, 0.0, 0.0, (0.0,), (0.0,), ""))
             return
@@ -265,6 +266,14 @@ class BlockRun:
         self._packed = {v: packed for v, packed in self._packed.items() if v == self.policy.crossover.variant}
         if self.policy.sparse:
             self._dense_weight = None  # measured with, and perhaps never needed again
+
+    def fits(self) -> bool:
+        """Whether the crossover is that of the weight as it is now: of as many zero blocks."""
+        return self.policy is None or self._share == self._share_now()
+
+    def _share_now(self) -> float:
+        assert self.geometry is not None
+        return self.ops.weight_share(kernel_weight(self.layer, self.geometry), self.geometry)
 
     def _scratch_state(self, like: PackedSpikes) -> State | None:
         if self.dynamics is None or self.geometry is None:

@@ -159,10 +159,14 @@ class Fusion:
         return (f"not replayed as a CUDA graph: {why}" if why else "replayed as a CUDA graph",)
 
     def refresh(self) -> None:
-        """Prepare the weights of all plans anew at the next call."""
-        for planned in self.plans.values():
-            if planned.program is not None:
+        """Prepare the weights of all plans anew at the next call; drop plans that were made for others."""
+        for key, planned in list(self.plans.items()):
+            if planned.program is None:
+                continue
+            if planned.program.fits():
                 planned.program.refresh()
+            else:
+                del self.plans[key]
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Planned:
         """Plan for the signature of an example now."""

@@ -74,7 +74,7 @@ class Program:
         """Take note of weights that were written to or replaced; false where the plan cannot use the new ones."""
         if not self._watched.changed():
             return True
-        if not self._watched.fits():
+        if not self.fits():
             return False
         self.refresh()
         return True
@@ -83,6 +83,10 @@ class Program:
     def observed(self) -> bool:
         """Whether somebody looks at single blocks."""
         return bool(self._scrutiny)
+
+    def fits(self) -> bool:
+        """Whether the weights of now are of the shapes, types and shares of zero blocks that the plan was made for."""
+        return self._watched.fits() and all(block.fits() for block in self.blocks)
 
     def release(self) -> None:
         """Have the neurons hold their states as the model's own forward would leave them."""

@@ -88,6 +88,7 @@ struct SfLink {
   const uint32_t* row_counts;
   const uint8_t* counts;            // as for block_conv
   const float* packed;
+  const int32_t* index;             // of a weight in blocks, else null
   const int64_t* nonzero;           // of the input
   int64_t most;                     // nonzeros above which the block does not run on events
   int64_t event_work, fixed_work;   // additions for each nonzero and for the rest, by which threads are woken
@@ -117,14 +118,15 @@ struct SfKernels {
   const char* isa;
   void (*prescan[SF_TYPES])(const SfScan&, const void* x, uint64_t* bits, uint32_t* row_counts, int64_t* counts,
                             int threads);
-  // Both return 0, or 1 if there was no memory for the workspace.
+  // Both return 0, or 1 if there was no memory for the workspace. `index` says which blocks of a block-sparse weight
+  // there are (blocksparse.h) and is null for a full one.
   int (*conv[SF_TYPES])(const SfConv&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
-                         const void* packed, const void* bias, void* out, int graded, int threads);
+                         const void* packed, const int32_t* index, const void* bias, void* out, int graded, int threads);
   int (*linear[SF_TYPES])(const SfLinear&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
                            const void* packed, const void* bias, void* out, int graded, int threads);
   // Float32. `counts` are the spikes' values where some are above 1, else null.
   int (*block_conv)(const SfConv&, const SfBlock&, const uint64_t* bits, const uint32_t* row_counts,
-                    const uint8_t* counts, const float* packed, int threads);
+                    const uint8_t* counts, const float* packed, const int32_t* index, int threads);
   int (*block_dense)(const SfBlock&, const float* sums, int threads);
   void (*unpack)(const uint64_t* bits, const uint8_t* counts, int64_t pixels, int64_t channels, float* out, int threads);
   void (*add)(const uint64_t* a_bits, const uint8_t* a_counts, const uint64_t* b_bits, const uint8_t* b_counts,

@@ -104,6 +104,29 @@ struct PackedOrder {
   int64_t place(int64_t i) const { return interleaved ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i; }
 };
 
+// The same for a weight of which only the blocks that are not zero are kept: -1 for an element of an absent one.
+struct BlockOrder {
+  static constexpr int64_t kBlock = 16;
+  const int32_t* places;
+  int64_t channels, depth, rows, taps, input_blocks;
+
+  BlockOrder(const WeightView& w, const int32_t* index)
+      : places(index),
+        channels(w.size[1]),
+        depth(w.size[2]),
+        rows(w.size[3]),
+        taps(depth * rows * w.size[4]),
+        input_blocks((channels + kBlock - 1) / kBlock) {}
+
+  // Blocks are ordered [kd][kh][kw] within a pair of channel blocks.
+  int64_t at(int64_t o, int64_t tap, int64_t c) const {
+    const int64_t kh = tap % rows, kd = tap / rows % depth, kw = tap / rows / depth;
+    const int64_t natural = (kd * rows + kh) * (taps / rows / depth) + kw;
+    const int64_t place = places[(o / kBlock * input_blocks + c / kBlock) * taps + natural];
+    return place < 0 ? -1 : (place * kBlock + c % kBlock) * kBlock + o % kBlock;
+  }
+};
+
 int64_t sum(const uint32_t* row_counts, int64_t rows) {
   int64_t total = 0;
   for (int64_t i = 0; i < rows; i++) total += row_counts[i];
@@ -137,8 +160,8 @@ void pack(const WeightView& w, const PackedOrder& order, Element* packed, int th
   }
 }
 
-template <class Element>
-bool match(const WeightView& w, const PackedOrder& order, const Element* packed, int64_t offset, int64_t samples) {
+template <class Element, class Order>
+bool match(const WeightView& w, const Order& order, const Element* packed, int64_t offset, int64_t samples) {
   const auto* data = reinterpret_cast<const Element*>(w.data);
   const int64_t taps = order.taps, channels = order.channels, total = w.size[0] * taps * channels;
   for (int64_t i = 0; i < samples; i++) {
@@ -148,9 +171,19 @@ bool match(const WeightView& w, const PackedOrder& order, const Element* packed,
     const uint64_t scattered = uint64_t(offset) * 0x9e3779b97f4a7c15u + uint64_t(i) * 0xbf58476d1ce4e5b9u;
     const int64_t sample = begin + int64_t((scattered >> 20) % uint64_t(end - begin));
     const int64_t o = sample / (channels * taps), c = sample / taps % channels, tap = sample % taps;
-    if (data[w.at(o, tap, c)] != packed[order.at(o, tap, c)]) return false;
+    const int64_t place = order.at(o, tap, c);
+    const Element value = data[w.at(o, tap, c)];
+    if (place < 0 ? Element(value << 1) != 0 : value != packed[place]) return false;  // a zero may have a sign
   }
   return true;
+}
+
+template <class Order>
+bool match_of(int type, const WeightView& w, const Order& order, const void* packed, int64_t offset,
+              int64_t samples) {
+  if (element_bytes(type) == 2) return match(w, order, static_cast<const uint16_t*>(packed), offset, samples);
+  if (element_bytes(type) == 4) return match(w, order, static_cast<const uint32_t*>(packed), offset, samples);
+  return match(w, order, static_cast<const uint64_t*>(packed), offset, samples);
 }
 
 }  // namespace
@@ -185,8 +218,8 @@ SF_EXPORT void sf_prescan(const SfScan* s, const void* x, uint64_t* bits, uint32
 }
 
 SF_EXPORT int sf_conv(const SfConv* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
-                      const void* packed, const void* bias, void* out, int graded, int threads) {
-  return kernels->conv[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+                      const void* packed, const int32_t* index, const void* bias, void* out, int graded, int threads) {
+  return kernels->conv[p->type](*p, x, bits, row_counts, packed, index, bias, out, graded, threads);
 }
 
 SF_EXPORT int sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
@@ -195,8 +228,8 @@ SF_EXPORT int sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, 
 }
 
 SF_EXPORT int sf_block_conv(const SfConv* p, const SfBlock* block, const uint64_t* bits, const uint32_t* row_counts,
-                            const uint8_t* counts, const float* packed, int threads) {
-  const int status = kernels->block_conv(*p, *block, bits, row_counts, counts, packed, threads);
+                            const uint8_t* counts, const float* packed, const int32_t* index, int threads) {
+  const int status = kernels->block_conv(*p, *block, bits, row_counts, counts, packed, index, threads);
   sum_spikes(*block);
   return status;
 }
@@ -211,7 +244,7 @@ SF_EXPORT int64_t sf_chain(SfLink* links, int64_t n, int threads, int64_t parall
     if (nonzero > link.most || conv == nullptr) return i;
     const bool parallel = nonzero * link.event_work + link.fixed_work >= parallel_work;
     const int status = sf_block_conv(conv, link.block, link.bits, link.row_counts, link.counts, link.packed,
-                                     parallel ? threads : 1);
+                                     link.index, parallel ? threads : 1);
     if (status != 0) return -1;
   }
   return n;
@@ -267,14 +300,12 @@ SF_EXPORT void sf_pack(const void* weight, const int64_t* size, const int64_t* s
   pack(w, order, static_cast<uint64_t*>(packed), threads);
 }
 
-// 1 if `samples` stratified elements of the weight equal their packed copies.
+// 1 if `samples` stratified elements of the weight equal their packed copies. `index` is null for a full weight.
 SF_EXPORT int sf_match(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
-                       int type, const void* packed, int64_t offset, int64_t samples) {
+                       int type, const void* packed, const int32_t* index, int64_t offset, int64_t samples) {
   const WeightView w(weight, size, stride);
-  const PackedOrder order(w, groups, block, type);
-  if (element_bytes(type) == 2) return match(w, order, static_cast<const uint16_t*>(packed), offset, samples);
-  if (element_bytes(type) == 4) return match(w, order, static_cast<const uint32_t*>(packed), offset, samples);
-  return match(w, order, static_cast<const uint64_t*>(packed), offset, samples);
+  if (index != nullptr) return match_of(type, w, BlockOrder(w, index), packed, offset, samples);
+  return match_of(type, w, PackedOrder(w, groups, block, type), packed, offset, samples);
 }
 
 // Takes what is there now as what has to be there.

@@ -2,6 +2,7 @@
 
 #include "abi.h"
 #include "block.h"
+#include "blocksparse.h"
 #include "conv.h"
 #include "depthwise.h"
 #include "linear.h"
@@ -17,18 +18,26 @@ namespace sparseflow::SF_NAMESPACE {
 
 template <class T>
 int conv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
-          const void* bias, void* out, int graded, int threads) {
+          const int32_t* index, const void* bias, void* out, int graded, int threads) {
   if (p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels) {
     return DepthwiseConv<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
   }
   const DenseSink<T> sink(p, out);
   const auto* elements = static_cast<const typename T::Element*>(x);
+  if (index != nullptr) {
+    using Kernel = BlockConv<T, DenseSink<T>>;
+    return Kernel(p, elements, bits, row_counts, packed, index, bias, sink, graded != 0, threads).run();
+  }
   return Conv<T, DenseSink<T>>(p, elements, bits, row_counts, packed, bias, sink, graded != 0, threads).run();
 }
 
 int block_conv(const SfConv& p, const SfBlock& block, const uint64_t* bits, const uint32_t* row_counts,
-               const uint8_t* counts, const float* packed, int threads) {
+               const uint8_t* counts, const float* packed, const int32_t* index, int threads) {
   const BlockSink sink(block);
+  if (index != nullptr) {
+    using Kernel = BlockConv<Float32, BlockSink>;
+    return Kernel(p, counts, bits, row_counts, packed, index, nullptr, sink, counts != nullptr, threads).run();
+  }
   return Conv<Float32, BlockSink>(p, counts, bits, row_counts, packed, nullptr, sink, counts != nullptr, threads).run();
 }
 

@@ -29,7 +29,10 @@ class TritonBlockOps:
         """Looks at the values once, to choose the parts that hold them, and so waits for the device."""
         return layout.pack_weight(weight, geometry)
 
-    def variants(self, geometry: ConvGeometry, steps: int) -> tuple[str, ...]:
+    def weight_share(self, weight: Tensor, geometry: ConvGeometry) -> float:  # noqa: ARG002
+        return 1.0
+
+    def variants(self, geometry: ConvGeometry, steps: int, weight_share: float = 1.0) -> tuple[str, ...]:  # noqa: ARG002
         return layout.variants(geometry, steps)
 
     def conv(
