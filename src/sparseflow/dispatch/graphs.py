@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,22 +63,26 @@ def captured(run: Callable[[], object], warm_up: int = 0, pool: Any = None) -> t
     """
     stream, graph = _capture_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
     # Not torch.cuda.graph(): it empties the allocator's cache, which takes longer than what is measured here.
-    with torch.cuda.stream(stream):
+    with _capture_turn, torch.cuda.stream(stream):
+        stream.wait_stream(current)
         _repeat(run, warm_up)
         torch.cuda.synchronize()
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
+            graph.capture_end()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # says only that something went wrong before
                 graph.capture_end()
             with contextlib.suppress(RuntimeError):  # before PyTorch 2.12 the allocator still thinks it is captured
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
-        graph.capture_end()
     return graph
+
+
+_capture_turn = threading.RLock()  # what another thread launches on the stream would be part of the graph
 
 
 @functools.cache

@@ -298,6 +298,17 @@ def test_inputs_of_other_strides_and_shapes_have_graphs_of_their_own(graphs, pai
     assert is_fused(ours)
 
 
+def test_a_graph_for_equal_steps_is_not_taken_for_others(graphs):
+    dense, ours = twins(on_grid(Small()), images())
+    for seed in range(4):
+        for x in (images(seed=seed)[:1].expand(3, -1, -1, -1, -1), images(seed=seed)):
+            functional.reset_net(dense)
+            functional.reset_net(ours)
+            with torch.no_grad():
+                assert_equal([ours(x)], [dense(x)])
+    assert (graphs.captures, graphs.replays) == (2, 4)
+
+
 def test_graphs_are_few(graphs, pair):
     _, ours = pair
     for start in (0.125, 0.25, 0.375, 0.5, 0.625, 0.75):
@@ -533,12 +544,14 @@ def test_without(graphs):
 # ---- around
 
 
-def test_replays_count_as_calls(graphs, pair):
-    _, ours = pair
+def test_replays_count_as_calls_and_captures_do_not(graphs):
+    _, ours = twins(on_grid(Small()), images())
+    outputs(ours, images())
     block = next(block for block in program(ours).blocks if block.name == "c1")
     before = block.stats.calls[Path.FUSED]
-    assert replays(graphs, lambda: [outputs(ours, images()) for _ in range(3)]) == 3
-    assert block.stats.calls[Path.FUSED] == before + 3
+    assert replays(graphs, lambda: [outputs(ours, images()) for _ in range(5)]) == 3
+    assert graphs.captures == 1
+    assert block.stats.calls[Path.FUSED] == before + 5
 
 
 def test_the_contest_times_replays(graphs):
