@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseflow import offline
+from sparseflow.report import milliseconds
 
 from .records import Metric, Point, Quantiles, Results, Scope
 
@@ -123,13 +124,14 @@ def _html(results: Results) -> str:
         red=[point for point in results.points if not point.gate.green],
         gates=Counter(point.gate.what for point in results.points if point.gate.green),
         baselines=_baselines(results.points),
+        figure=milliseconds,
         published=sum(point.source != _MEASURED for point in results.points),
     )
 
 
 def _baselines(points: Iterable[Point]) -> list[tuple[str, bool, int]]:
-    """Every baseline with a figure: its name, whether it is honest, and how many points are compared with it."""
-    counts = Counter((point.baseline, point.honest) for point in points if point.baseline_value is not None)
+    """Every baseline: its name, whether it is honest, and how many speedups are over it; honest ones first."""
+    counts = Counter((point.baseline, point.honest) for point in points if point.speedup is not None)
     return [(name, honest, count) for (name, honest), count in sorted(counts.items(), key=lambda item: not item[0][1])]
 
 

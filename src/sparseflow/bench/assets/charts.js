@@ -1,6 +1,7 @@
 // Charts. Every one says below itself how much it shows, or why it is empty.
 
 const PHASES = ["pack", "prescan", "compute", "neuron", "rest"];
+const FADED = 0.35;
 const SVG = "http://www.w3.org/2000/svg";
 const PATHS = {
   circle: "M12 2a4.5 4.5 0 1 0 .01 0z", diamond: "M12 1l5.5 5.5L12 12 6.5 6.5z", "triangle-up": "M12 1.5l5.5 9.5h-11z",
@@ -29,7 +30,7 @@ function symbol(point) {
 /** A small picture of a mark: what a legend shows beside a name. */
 function swatch({ colour, dash = null, dotted = false, shape = "circle", open = false, faded = false }) {
   const svg = document.createElementNS(SVG, "svg");
-  for (const [name, value] of Object.entries({ width: 24, height: 13, "aria-hidden": "true", opacity: faded ? 0.35 : 1 })) svg.setAttribute(name, value);
+  for (const [name, value] of Object.entries({ width: 24, height: 13, "aria-hidden": "true", opacity: faded ? FADED : 1 })) svg.setAttribute(name, value);
   const add = (tag, attributes) => {
     const part = document.createElementNS(SVG, tag);
     for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
@@ -69,7 +70,8 @@ function markEntries(points) {
   const scopes = distinct(points.map((point) => point.scope));
   const entries = scopes.map((scope) => [{ ...neutral, shape: SHAPES[scope] }, scope]);
   if (points.some((point) => point.source !== MEASURED)) entries.push([{ ...neutral, open: true }, "published elsewhere, not measured here"]);
-  if (points.some(isDishonest)) entries.push([{ ...neutral, faded: true }, "faded: baseline not honest"]);
+  const dishonest = distinct(points.filter(isDishonest).map((point) => point.baseline));
+  if (dishonest.length) entries.push([{ ...neutral, faded: true }, `faded: baseline not honest (${dishonest.join(", ")})`]);
   return entries;
 }
 
@@ -127,7 +129,7 @@ function thinned(values) {
 }
 
 /** The axis of ratios, always with 1 in it; a narrow range has finer ticks than a wide one. */
-function ratioAxis(title, values, text = (tick) => `${tick}×`) {
+function ratioAxis(title, values, text = (tick) => `${tick}x`) {
   const [low, high] = [Math.min(1, ...values) / 1.2, Math.max(1, ...values) * 1.2];
   const steps = high / low > 12 ? [1, 2, 5] : [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
   const powers = [-4, -3, -2, -1, 0, 1, 2, 3, 4];
@@ -167,7 +169,7 @@ function marks(points, x, ratio = (point) => point.speedup) {
     const [low, middle, high] = [0, 1, 2].map((i) => members.map((point) => ratio(point)[i]));
     return {
       type: "scatter", mode: "markers", name: plain(members[0].kernel), x: members.map(x), y: middle,
-      text: members.map(hover), hoverinfo: "text", opacity: isDishonest(members[0]) ? 0.3 : 0.9,
+      text: members.map(hover), hoverinfo: "text", opacity: isDishonest(members[0]) ? FADED : 0.9,
       marker: { color: colour, size: 8, symbol: symbol(members[0]), line: { width: symbol(members[0]).includes("-open") ? 1.6 : 0.6, color: symbol(members[0]).includes("-open") ? colour : css("--page") } },
       error_y: {
         type: "data", symmetric: false, color: colour, thickness: 1, width: 0,
@@ -200,7 +202,7 @@ const ONE_METRIC = "Choose one metric to draw: a time and a memory share no axis
 
 function whyEmpty(points, chosen) {
   if (chosen.metric === ANY) return ONE_METRIC;
-  if (points.length) return `None of the ${count(points.length, "selected point")} has a “${chosen.scale}” and a speedup; they are in the table of every point.`;
+  if (points.length) return `None of the ${count(points.length, "selected point")} has a ${chosen.scale} and a speedup; they are in the table of every point.`;
   const hidden = results.points.filter((point) => isDishonest(point) && passes(point, { ...chosen, dishonest: true })).length;
   const more = hidden && !chosen.dishonest ? ` ${count(hidden, "point")} would if their baseline were honest.` : "";
   return `No point passes the filters above.${more}`;
@@ -224,7 +226,7 @@ function drawScale(id, points, chosen) {
     marks(shown, sideBySide(shown, chosen.scale)),
     layoutOf(x, y, { shapes: evenLine(y) }),
     `${count(shown.length, "point")}: ${wins(shown)} above break-even, ${shown.length - wins(shown)} not; medians from ${extremes(shown)}.${over(shown)}` +
-      leftOut(points.length - shown.length, `without a “${chosen.scale}” or without a baseline`),
+      leftOut(points.length - shown.length, `without a ${chosen.scale} or without a baseline`),
   );
   return setLegend(figureOf(id).legend, [...kernelEntries(shown), ...markEntries(shown)]);
 }
@@ -235,7 +237,7 @@ const leftOut = (number, why) => (number ? ` ${count(number, "selected point")} 
 function drawSizes(points, chosen) {
   const series = chosen.metric === ANY ? [] : seriesOf(points, chosen.scale);
   if (!series.length) {
-    leaveEmpty("sizes", chosen.metric === ANY ? ONE_METRIC : `No kernel has two runs that differ in nothing but “${chosen.scale}”.`);
+    leaveEmpty("sizes", chosen.metric === ANY ? ONE_METRIC : `No kernel has two runs that differ in nothing but ${chosen.scale}.`);
     return [];
   }
   const rows = [...groupBy(series, lineKey).values()].map((members) => {
@@ -243,7 +245,7 @@ function drawSizes(points, chosen) {
     return { ...kernelLine(members, chosen.scale), kernel, scope, dishonest: isDishonest(members[0][0]) };
   });
   const thin = series.map((members) => lineTrace(members[0], meanLine(members, chosen.scale), { width: 1, opacity: 0.35 }));
-  const thick = rows.map((row) => lineTrace(row, row.line, { width: 2.5, opacity: row.dishonest ? 0.35 : 1, marker: 7 }));
+  const thick = rows.map((row) => lineTrace(row, row.line, { width: 2.5, opacity: row.dishonest ? FADED : 1, marker: 7 }));
   const all = [...series.flat().map((point) => point.speedup[1])];
   const x = logAxis(chosen.scale, series.flat().map((point) => sizeOf(point, chosen.scale)), String);
   const y = ratioAxis(`speedup (${chosen.metric})`, all);
@@ -277,7 +279,7 @@ function drawSweep(sweep, chosen) {
     const { colour, dash } = look(points[0].kernel);
     const sorted = [...points].sort((a, b) => a.rho - b.rho);
     const line = { color: colour, width: 1.5, dash };
-    return { type: "scatter", mode: "lines", x: sorted.map((p) => at(p.rho)), y: sorted.map((p) => p.speedup[1]), line, hoverinfo: "skip", opacity: isDishonest(points[0]) ? 0.3 : 1 };
+    return { type: "scatter", mode: "lines", x: sorted.map((p) => at(p.rho)), y: sorted.map((p) => p.speedup[1]), line, hoverinfo: "skip", opacity: isDishonest(points[0]) ? FADED : 1 };
   });
   const crossovers = crossoversOf(sweep, chosen);
   const ticks = crossovers.flatMap((crossover) => crossoverMarks(crossover, at));
@@ -312,11 +314,11 @@ function crossoverMarks({ kernel, measured, used }, at) {
 /** 4: our memory over the dense run's. */
 function drawMemory(points) {
   const shown = points.filter((point) => point.speedup && sizeOf(point, "width") !== null);
-  if (!shown.length) return leaveEmpty("memory", points.length ? "None of the selected memory points has a “width” and a baseline." : "No memory point passes the filters above.");
+  if (!shown.length) return leaveEmpty("memory", points.length ? "None of the selected memory points has a width and a baseline." : "No memory point passes the filters above.");
   const fraction = (point) => [...point.speedup].reverse().map((value) => 1 / value);
   const x = logAxis("width", shown.map((point) => sizeOf(point, "width")), String, { pad: 1.5 });
   const y = ratioAxis("memory over the dense run", shown.flatMap(fraction), (tick) => `${+(100 * tick).toPrecision(2)} %`);
-  const joined = seriesOf(shown, "width").map((members) => lineTrace(members[0], meanLine(members, "width").map(([size, gain]) => [size, 1 / gain]), { width: 1.5, opacity: isDishonest(members[0]) ? 0.3 : 0.7 }));
+  const joined = seriesOf(shown, "width").map((members) => lineTrace(members[0], meanLine(members, "width").map(([size, gain]) => [size, 1 / gain]), { width: 1.5, opacity: isDishonest(members[0]) ? FADED : 0.7 }));
   const less = shown.filter((point) => point.speedup[1] > 1).length;
   draw(
     "memory",

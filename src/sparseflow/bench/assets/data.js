@@ -132,8 +132,7 @@ function sweepsOf(points) {
 
 function sweepTitle(members) {
   const [{ config, device, precision, case: name }] = members;
-  const { [DENSITY_SET]: _, ...others } = config;
-  return `${name} (${[configText(others), device, precision].filter(Boolean).join(", ")})`;
+  return `${name} (${[configText(config), device, precision].filter(Boolean).join(", ")})`;
 }
 
 /** The crossovers of a sweep's case and of its kernels that are selected. */
@@ -145,12 +144,18 @@ function crossoversOf({ members }, chosen) {
 
 /** Three significant digits, or a dash where nothing was measured. */
 function figure(value) {
-  if (value === null || value === undefined) return "–";
+  if (value === null || value === undefined) return "-";
   return Math.abs(value) >= 100 || value === 0 ? value.toFixed(0) : value.toPrecision(3);
 }
 
-const share = (value) => (value === null || value === undefined ? "–" : `${figure(100 * value)} %`);
-const times = (value) => `${figure(value)}×`;
-const range = ([low, , high]) => `${figure(low)}–${figure(high)}`;
-const configText = (config) => Object.entries(config).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
+const share = (value) => (value === null || value === undefined ? "-" : `${figure(100 * value)} %`);
+const times = (value) => `${figure(value)}x`;
+const range = ([low, , high]) => `${figure(low)}-${figure(high)}`;
+
+/** The configuration, without the density that was asked for: the one that came out is shown as rho. */
+function configText(config) {
+  const shown = Object.entries(config).filter(([name]) => name !== DENSITY_SET);
+  return shown.map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
+}
+
 const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;

@@ -75,23 +75,24 @@ const small = (text) => element("span", { className: "spread", text });
 const tag = (text) => element("span", { className: "tag", text });
 const text = (title, field, kind) => ({ title, kind, key: (row) => row[field], cell: (row) => String(row[field]) });
 
+// A speedup stands next to its baseline, and both in front, where a narrow screen shows them.
 const POINT_COLUMNS = [
   text("kernel", "kernel", "name"),
-  text("family", "family", "name"),
-  text("scope", "scope"),
+  { title: "speedup (range)", kind: "figure", key: (point) => point.speedup?.[1] ?? null, cell: speedupCell },
+  { title: "baseline", kind: "name", key: (point) => point.baseline, cell: baselineCell },
+  { title: "value (p20-p80)", kind: "figure", key: (point) => point.value?.[1] ?? null, cell: valueCell },
   { title: "config", kind: "wide", key: (point) => point.case, cell: configCell },
   { title: "ρ (density)", kind: "figure", key: (point) => point.rho, cell: (point) => share(point.rho) },
   text("metric", "metric"),
-  { title: "value (p20–p80)", kind: "figure", key: (point) => point.value?.[1] ?? null, cell: valueCell },
-  { title: "speedup (range)", kind: "figure", key: (point) => point.speedup?.[1] ?? null, cell: speedupCell },
-  { title: "baseline", kind: "name", key: (point) => point.baseline, cell: baselineCell },
+  text("family", "family"),
+  text("scope", "scope"),
   { title: "source", key: (point) => point.source, cell: sourceCell },
 ];
 
-const quantileCell = (quantiles, unit) => (quantiles ? [`${figure(quantiles[1])} ${unit}`, small(`(${range(quantiles)})`)] : "–");
+const quantileCell = (quantiles, unit) => (quantiles ? [`${figure(quantiles[1])} ${unit}`, small(`(${range(quantiles)})`)] : "-");
 
 function configCell(point) {
-  return [point.case, small(`${point.suite}${configText(point.config) && ": "}${configText(point.config)}`)];
+  return [point.case, small([point.suite, configText(point.config)].filter(Boolean).join(": "))];
 }
 
 function valueCell(point) {
@@ -99,14 +100,15 @@ function valueCell(point) {
 }
 
 function speedupCell({ speedup }) {
-  if (!speedup) return "–";
+  if (!speedup) return "-";
   return [element("span", { className: speedup[1] < 1 ? "loss" : "", text: times(speedup[1]) }), small(`(${range(speedup)})`)];
 }
 
 function baselineCell(point) {
-  const [value, spread] = quantileCell(point.baseline_value, point.unit);
   const name = isDishonest(point) ? [point.baseline, " ", tag("not honest")] : [point.baseline];
-  return point.baseline_value ? [...name, small(`${value} ${spread.textContent}`)] : name;
+  if (!point.gate.green || !point.baseline_value) return name;
+  const [value, spread] = quantileCell(point.baseline_value, point.unit);
+  return [...name, small(`${value} ${spread.textContent}`)];
 }
 
 function sourceCell(point) {
@@ -123,10 +125,10 @@ const pointTable = (id, label) =>
 const showPoints = pointTable("points", "Every point");
 const showApproximate = pointTable("approximate", "Points of approximate methods");
 
-const ratioCell = (value) => (value === null ? "–" : element("span", { className: value < 1 ? "loss" : "", text: times(value) }));
+const ratioCell = (value) => (value === null ? "-" : element("span", { className: value < 1 ? "loss" : "", text: times(value) }));
 const gain = (layer) => (layer.dense_ms === null || !layer.sparse_ms ? null : layer.dense_ms / layer.sparse_ms);
 const shareColumn = (title, field) => ({ title, kind: "figure", key: (row) => row[field], cell: (row) => share(row[field]) });
-const msColumn = (title, field) => ({ title, kind: "figure", key: (row) => row[field], cell: (row) => (row[field] === null ? "–" : `${figure(row[field])} ms`) });
+const msColumn = (title, field) => ({ title, kind: "figure", key: (row) => row[field], cell: (row) => (row[field] === null ? "-" : `${figure(row[field])} ms`) });
 
 const showLayers = sortableTable(
   document.querySelector("#layers .table"),
@@ -165,7 +167,7 @@ const showCrossovers = sortableTable(
   [
     text("case", "case", "wide"), text("kernel", "kernel", "name"),
     shareColumn("measured here", "measured"), shareColumn("the dispatcher uses", "used"),
-    { title: "used − measured", kind: "figure", key: difference, cell: (row) => (difference(row) === null ? "–" : `${(100 * difference(row)).toFixed(1)} points`) },
+    { title: "used - measured", kind: "figure", key: difference, cell: (row) => (difference(row) === null ? "-" : `${(100 * difference(row)).toFixed(1)} points`) },
   ],
   { empty: "No selected kernel has a crossover." },
 );
