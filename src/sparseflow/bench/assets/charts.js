@@ -134,7 +134,7 @@ function ratioAxis(title, values, text = (tick) => `${tick}x`) {
   const steps = high / low > 12 ? [1, 2, 5] : [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
   const powers = [-4, -3, -2, -1, 0, 1, 2, 3, 4];
   const ticks = powers.flatMap((power) => steps.map((step) => +(step * 10 ** power).toPrecision(2))).filter((tick) => tick >= low && tick <= high);
-  return { type: "log", title: { text: title }, range: [Math.log10(low), Math.log10(high)], tickvals: ticks, ticktext: ticks.map(text) };
+  return { type: "log", title: { text: title, standoff: 10 }, range: [Math.log10(low), Math.log10(high)], tickvals: ticks, ticktext: ticks.map(text) };
 }
 
 /** Break-even, and the side of it where we win. */
