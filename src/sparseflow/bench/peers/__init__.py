@@ -27,7 +27,7 @@ SUITE = "peers"
 _LAYER_DENSITIES = (0.05, 0.2)
 
 
-def problems(quick: bool) -> Iterator[Problem]:
+def sizes(quick: bool) -> Iterator[Problem]:
     """Everything that is measured; on a GPU as well where there is one."""
     for device in ("cpu", "cuda")[: 1 + (torch.cuda.device_count() > 0)]:
         if quick:
@@ -40,10 +40,10 @@ def problems(quick: bool) -> Iterator[Problem]:
             yield LifLayer(largest_layer(), density, device=device)
 
 
-def rows(problem: Problem, settings: Settings) -> Iterator[Row]:
-    """All rows of a case: those who cannot take part, then the others."""
+def rows(problem: Problem, settings: Settings, quick: bool) -> Iterator[Row]:
+    """All rows of a case: those who cannot take part, then the others. A quick run has one variant of each peer."""
     kind = "product" if isinstance(problem, Product) else "layer"
-    peers = [peer for peer in PEERS if peer.kind == kind]
+    peers = [peer for peer in PEERS if peer.kind == kind and not (quick and peer.variation)]
     if problem.device == "cpu" and not torch.cuda.device_count():
         yield from (Absent(peer.name, "no CUDA device") for peer in peers if "cpu" not in peer.devices)
     yield from (Absent(name, error) for name, its_kind, error in GONE if its_kind == kind)
@@ -54,5 +54,5 @@ def run(options: Options) -> Iterator[Case]:
     """The suite: a case is a problem at one size. A quick run installs nothing and compiles nothing."""
     quick = options.quick
     settings = Settings(options.repeats, options.threads, options.seed, options.compile and not quick, not quick)
-    for problem in problems(quick):
-        yield Case(problem.name, functools.partial(rows, problem, settings))
+    for problem in sizes(quick):
+        yield Case(problem.name, functools.partial(rows, problem, settings, quick))

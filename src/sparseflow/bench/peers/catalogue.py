@@ -12,14 +12,15 @@ from .environments import Group
 
 PROGRAMS = Path(__file__).parent / "programs"
 
-TORCH = Group("torch", (), "torch")
-SCIPY = Group("scipy", ("scipy>=1.11", "numpy"), "scipy")
-SPIKINGJELLY = Group("spikingjelly", ("spikingjelly>=2.0",), "spikingjelly")
-SNNTORCH = Group("snntorch", ("snntorch>=1.0",), "snntorch")
-NORSE = Group("norse", ("norse>=1.1",), "norse")
-SINABS = Group("sinabs", ("sinabs>=3.0",), "sinabs")
-BRAINEVENT = Group("brainevent", ("brainevent>=0.2.1", "jax[cpu]", "numba"), "brainevent", on_torch=False)
-BRAINEVENT_CUDA = Group("brainevent-cuda", ("brainevent>=0.2.1", "jax[cuda13]"), "brainevent", on_torch=False)
+_JAX = ("brainevent", "jax", "jaxlib", "numba")
+TORCH = Group("torch", (), "torch", ("torch",))
+SCIPY = Group("scipy", ("scipy>=1.11", "numpy"), "scipy", ("scipy", "numpy"))
+SPIKINGJELLY = Group("spikingjelly", ("spikingjelly>=2.0",), "spikingjelly", ("spikingjelly", "torch"))
+SNNTORCH = Group("snntorch", ("snntorch>=1.0",), "snntorch", ("snntorch", "torch"))
+NORSE = Group("norse", ("norse>=1.1",), "norse", ("norse", "torch"))
+SINABS = Group("sinabs", ("sinabs>=3.0",), "sinabs", ("sinabs", "torch"))
+BRAINEVENT = Group("brainevent", ("brainevent>=0.2.1", "jax[cpu]", "numba"), "brainevent", _JAX, on_torch=False)
+BRAINEVENT_CUDA = Group("brainevent-cuda", ("brainevent>=0.2.1", "jax[cuda13]"), "brainevent", _JAX, on_torch=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Peer:
     def scope(self) -> Scope:
         """Ours is exact; all others are peers."""
         return Scope.EXACT if self.ours else Scope.PEER
+
+    @property
+    def variation(self) -> bool:
+        """Whether the same peer also takes part in float32 and from dense spikes."""
+        return self.precision != "fp32" or self.variant.endswith("own format")
 
     @property
     def ours(self) -> bool:

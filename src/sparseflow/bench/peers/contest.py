@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import statistics
@@ -77,7 +78,7 @@ Launch = Callable[[Peer, Settings], Worker]
 
 
 def launch(peer: Peer, settings: Settings) -> Worker:
-    """The peer's process, with as many processors as it may have threads.
+    """The peer's process, its thread pools of the size that is asked for.
 
     Raises:
         InstallError: it has no environment.
@@ -87,28 +88,19 @@ def launch(peer: Peer, settings: Settings) -> Worker:
     environment = {**_threads(settings.threads), **dict(peer.environment)}
     if peer.group.on_torch:
         environment["PYTHONPATH"] = source
-    with _pinned(settings.threads):
-        return Worker([str(python), str(PROGRAMS / peer.program), peer.variant], environment)
+    return Worker([str(python), str(PROGRAMS / peer.program), peer.variant], environment)
 
 
 def _threads(count: int) -> dict[str, str]:
     pools = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen={str(count > 1).lower()}"
-    return {f"{pool}_NUM_THREADS": str(count) for pool in pools} | {"XLA_FLAGS": flags.strip()}
+    sizes = {f"{pool}_NUM_THREADS": str(count) for pool in pools}
+    return sizes | {"XLA_FLAGS": flags.strip(), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-@contextlib.contextmanager
-def _pinned(count: int) -> Iterator[None]:
-    """Processes started here get the first ``count`` processors: some thread pools obey nothing else."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    usable = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(usable)[:count])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, usable)
+def _processors(count: int) -> list[int]:
+    """The first ``count`` that this process may use; none where the system does not say."""
+    return sorted(os.sched_getaffinity(0))[:count] if hasattr(os, "sched_getaffinity") else []
 
 
 def measure(problem: Problem, peers: Sequence[Peer], settings: Settings, launch: Launch = launch) -> Iterator[Row]:
@@ -130,7 +122,7 @@ def measure(problem: Problem, peers: Sequence[Peer], settings: Settings, launch:
         for density in problem.densities:
             reference = files.renew(density)
             yield from _leavers(entrants, lambda entrant, oracle=reference: _check(entrant, files, oracle))
-            yield from _take_turns([entrant for entrant in entrants if entrant.gate and entrant.gate.green], settings)
+            yield from _take_turns(entrants, settings)
             yield from points(problem, density, entrants)
 
 
@@ -155,6 +147,7 @@ class _Files:
             "w": problem.w,
             "weight": write_raw(self._weight, folder / "weight"),
             "threads": settings.threads,
+            "processors": _processors(settings.threads),
             "device": problem.device,
         }
 
@@ -168,7 +161,8 @@ class _Files:
 
 
 def _prepare(entrant: Entrant, files: _Files) -> None:
-    entrant.versions = entrant.ask("prepare", problem=files.description)["versions"]
+    packages = [*entrant.peer.group.packages, *(["sparseflow"] if entrant.peer.ours else [])]
+    entrant.versions = entrant.ask("prepare", problem=files.description, packages=packages)["versions"]
 
 
 def _check(entrant: Entrant, files: _Files, reference: Reference) -> None:
@@ -191,42 +185,48 @@ def _leavers(entrants: list[Entrant], step: Callable[[Entrant], None]) -> Iterat
 
 
 def _take_turns(entrants: list[Entrant], settings: Settings) -> Iterator[Absent]:
-    """Time the entrants A B A B, in another order every round, within the budget; each keeps its times."""
-    order, shuffle = list(entrants), random.Random(settings.seed).shuffle
+    """Time those with a green gate A B A B, in another order every round, within the budget; each keeps its times."""
+    order, shuffle = (
+        [entrant for entrant in entrants if entrant.gate and entrant.gate.green],
+        random.Random(settings.seed).shuffle,
+    )
     start = time.perf_counter()
     for turn in range(settings.repeats):
         if turn >= _FEWEST and time.perf_counter() - start > _BUDGET_S:
             break
         shuffle(order)
-        yield from _leavers(order, _turn)
+        for absent in _leavers(order, _turn):
+            entrants[:] = [entrant for entrant in entrants if entrant.peer.name != absent.name]
+            yield absent
 
 
 def _turn(entrant: Entrant) -> None:
     time.sleep(_SETTLE_S)
     short = entrant.call_ms < _LONG_MS
-    try:
-        entrant.ms += entrant.ask("time", calls=_CALLS if short else 1, warm=short)["ms"]
-    except PeerError:
-        entrant.ms = []
-        raise
+    entrant.ms += entrant.ask("time", calls=_CALLS if short else 1, warm=short)["ms"]
 
 
 def points(problem: Problem, density: float, entrants: Iterable[Entrant]) -> Iterator[Point]:
-    """Each entrant against the strongest dense path of its precision; ours against every peer of it as well."""
+    """Each entrant against the strongest dense path of its precision; ours against every peer of it as well.
+
+    That path is an honest baseline only if compiled dense paths took part.
+    """
     entrants = list(entrants)
-    strongest = {precision: strongest_dense(entrants, precision) for precision in ("fp32", "bf16")}
-    for entrant in entrants:
-        yield _point(problem, density, entrant, strongest[entrant.peer.precision], honest=True)
-    for ours in entrants:
-        for other in entrants:
-            same = other.peer.precision == ours.peer.precision
-            if ours.peer.ours and not other.peer.ours and same and other is not strongest[other.peer.precision]:
-                yield _point(problem, density, ours, other, honest=False)
+    for precision in sorted({entrant.peer.precision for entrant in entrants}):
+        equals = [entrant for entrant in entrants if entrant.peer.precision == precision]
+        strongest = strongest_dense(equals)
+        honest = any(entrant.peer.dense and entrant.peer.compiles and entrant.value for entrant in equals)
+        for entrant in equals:
+            yield _point(problem, density, entrant, strongest, honest=honest)
+        ours = [entrant for entrant in equals if entrant.peer.ours]
+        others = [entrant for entrant in equals if not entrant.peer.ours and entrant is not strongest]
+        for entrant, other in itertools.product(ours, others):
+            yield _point(problem, density, entrant, other, honest=False)
 
 
-def strongest_dense(entrants: Iterable[Entrant], precision: str) -> Entrant | None:
+def strongest_dense(entrants: Iterable[Entrant]) -> Entrant | None:
     """The dense path with the least median, of those whose gate is green."""
-    fit = [e for e in entrants if e.peer.dense and e.peer.precision == precision and e.value is not None]
+    fit = [entrant for entrant in entrants if entrant.peer.dense and entrant.value is not None]
     return min(fit, key=lambda entrant: statistics.median(entrant.ms), default=None)
 
 
@@ -245,7 +245,7 @@ def _point(problem: Problem, density: float, entrant: Entrant, baseline: Entrant
         entrant.value,
         "none" if baseline is None else baseline.peer.name,
         None if baseline is None else baseline.value,
-        honest and baseline is not None,
+        honest,
         gate,
         peer.precision,
         problem.device,

@@ -41,12 +41,14 @@ class Group:
         name: of the environment's folder.
         requirements: what pip installs; nothing where the peer is PyTorch itself.
         module: what has to be importable for the environment to be right.
+        packages: whose versions are recorded.
         on_torch: whether the peer computes with PyTorch, which it then finds where this process has it.
     """
 
     name: str
     requirements: tuple[str, ...]
     module: str
+    packages: tuple[str, ...] = ()
     on_torch: bool = True
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from sparseflow.errors import SparseflowError
 
 _LAST_WORDS = 400  # characters of a dead worker's standard error output
-_CLOSE_S = 5.0
 
 
 class PeerError(SparseflowError):
@@ -79,18 +78,13 @@ class Worker:
         return " ".join(self._errors.read().decode(errors="replace").split())[-_LAST_WORDS:]
 
     def close(self) -> None:
-        """End the process."""
-        with contextlib.suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._errors.close()
+        """End the process, which has nothing to save."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):  # a request may still lie in the buffer
+                if pipe is not None:
+                    pipe.close()
 
     def __enter__(self) -> Worker:
         return self

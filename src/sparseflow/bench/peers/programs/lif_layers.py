@@ -202,4 +202,4 @@ def build(variant: str, problem: dict[str, Any]) -> OnTorch:
 
 
 if __name__ == "__main__":
-    serve(build, ("torch", "sparseflow", "spikingjelly", "snntorch", "norse", "sinabs"))
+    serve(build)

@@ -41,13 +41,11 @@ class Product:
         import brainevent as be  # pyright: ignore[reportMissingImports]
         import jax  # pyright: ignore[reportMissingImports]
 
-        kinds = {"booleans": lambda x, w: be.BinaryArray(x > 0) @ w}
+        kinds = {"as given": lambda x, w: be.BinaryArray(x) @ w}
         if not self.bits:
-            kinds["floats"] = lambda x, w: be.BinaryArray(x) @ w
-        else:
-            kinds = {"booleans": lambda x, w: be.BinaryArray(x) @ w}
+            kinds["as booleans"] = lambda x, w: be.BinaryArray(x > 0) @ w
         for parallel in (False,) if self.gpu or self.threads == 1 else (False, True):
-            be.set_numba_parallel(parallel, num_threads=self.threads)
+            be.config.set_numba_parallel(parallel, num_threads=self.threads)
             jax.clear_caches()  # the setting is read while a kernel is traced
             for name, product in kinds.items():
                 compiled = jax.jit(product).lower(self.inputs[0], self.weight).compile()
@@ -73,4 +71,4 @@ def _read(file: str, shape: Sequence[int]) -> Any:
 
 
 if __name__ == "__main__":
-    serve(Product, ("brainevent", "jax", "jaxlib", "numba"))
+    serve(Product)

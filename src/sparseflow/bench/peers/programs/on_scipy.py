@@ -50,4 +50,4 @@ def _read(file: str, shape: Sequence[int]) -> Any:
 
 
 if __name__ == "__main__":
-    serve(Product, ("scipy", "numpy"))
+    serve(Product)

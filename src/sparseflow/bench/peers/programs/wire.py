@@ -3,7 +3,7 @@
 The programs of this folder run with the Python of a peer's environment, by path: they import nothing of sparseflow but
 where sparseflow is what they measure, and a peer only inside the function that needs it. Requests:
 
-``{"op": "prepare", "problem": {...}}``
+``{"op": "prepare", "problem": {...}, "packages": [...]}``
     Build and compile; gives ``{"versions": {package: version}, "note": what was chosen}``.
 ``{"op": "load", "inputs": [file, ...]}``
     Take other spikes, and choose and warm up with them; gives ``{"note": ...}``.
@@ -56,8 +56,8 @@ class Session:
     ...     def load(self, files): self.inputs = [float(file) for file in files]
     ...     def call(self, index): return self.inputs[index] / 2
     ...     def save(self, output, file): return [1]
-    >>> session = Session(lambda variant, problem: Halver(), "half", ())
-    >>> session.answer({"op": "prepare", "problem": {}})
+    >>> session = Session(lambda variant, problem: Halver(), "half")
+    >>> session.answer({"op": "prepare", "problem": {}, "packages": []})
     {'versions': {}, 'note': ''}
     >>> session.answer({"op": "load", "inputs": ["1", "2"]})
     {'note': ''}
@@ -65,8 +65,8 @@ class Session:
     3
     """
 
-    def __init__(self, build: Build, variant: str, packages: Sequence[str]):
-        self.build, self.variant, self.packages = build, variant, packages
+    def __init__(self, build: Build, variant: str):
+        self.build, self.variant = build, variant
         self.contender: Any = None
         self.count = self.turn = 0
 
@@ -74,9 +74,11 @@ class Session:
         """The reply to one request. Raises what the library raises."""
         return getattr(self, f"_{request.pop('op')}")(**request)
 
-    def _prepare(self, problem: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, problem: dict[str, Any], packages: list[str]) -> dict[str, Any]:
+        if problem.get("processors") and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, problem["processors"])  # some thread pools obey nothing else
         self.contender = self.build(self.variant, problem)
-        return {"versions": versions(self.packages), "note": self.contender.note}
+        return {"versions": versions(packages), "note": self.contender.note}
 
     def _load(self, inputs: list[str]) -> dict[str, Any]:
         self.contender.load(inputs)
@@ -113,11 +115,11 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def serve(build: Build, packages: Sequence[str]) -> None:
+def serve(build: Build) -> None:
     """Answer until stdin ends. The variant to build is the program's first argument."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not land among the replies
-    session = Session(build, sys.argv[1], packages)
+    session = Session(build, sys.argv[1])
     for line in sys.stdin:
         try:
             reply = session.answer(json.loads(line))
