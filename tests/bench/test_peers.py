@@ -252,7 +252,7 @@ def layer_data():
 def test_the_gate_of_layers_sees_one_wrong_spike():
     x, weight = layer_data()
     reference = LAYER.reference(x, weight)
-    assert 0.02 < reference.rate < 0.2
+    assert 0.02 < reference.densities["output"] < 0.2
     right = reference.spikes.float()
     assert reference.judge(right, "fp32").green
     wrong = right.clone()

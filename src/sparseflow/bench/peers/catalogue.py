@@ -97,7 +97,7 @@ PEERS = (
         group=BRAINEVENT_CUDA,
         variant="dense spikes",
         devices=_ON_CUDA,
-        environment=(("JAX_PLATFORMS", "cuda"),),
+        environment=(("JAX_PLATFORMS", "cuda"), ("XLA_PYTHON_CLIENT_PREALLOCATE", "false")),
     ),
     _layer(
         "sparseflow level 2 (SpikingJelly net)", group=SPIKINGJELLY, variant="sparseflow spikingjelly", family="fused"

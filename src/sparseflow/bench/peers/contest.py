@@ -29,6 +29,7 @@ from .environments import InstallError, python_of
 from .problems import Problem, Reference, read_raw, spikes, write_raw
 from .remote import PeerError, Worker
 
+_UNCHECKED = Gate(False, "not checked yet")
 _INPUTS = 4
 _LARGE = 1 << 24  # elements of an input, above which two are kept instead of four
 _LONG_MS = 50.0  # calls beyond this find the caches as cold after a call of their own as after another's
@@ -58,7 +59,7 @@ class Entrant:
     worker: Worker
     versions: dict[str, str]
     note: str = ""
-    gate: Gate | None = None
+    gate: Gate = _UNCHECKED
     call_ms: float = 0.0
     ms: list[float] = dataclasses.field(default_factory=list)
 
@@ -71,7 +72,7 @@ class Entrant:
     @property
     def value(self) -> Quantiles | None:
         """Its times; nothing behind a red gate."""
-        return quantiles(self.ms) if self.ms and self.gate is not None and self.gate.green else None
+        return quantiles(self.ms) if self.ms and self.gate.green else None
 
 
 Launch = Callable[[Peer, Settings], Worker]
@@ -123,7 +124,7 @@ def measure(problem: Problem, peers: Sequence[Peer], settings: Settings, launch:
             reference = files.renew(density)
             yield from _leavers(entrants, lambda entrant, oracle=reference: _check(entrant, files, oracle))
             yield from _take_turns(entrants, settings)
-            yield from points(problem, density, entrants)
+            yield from points(problem, density, reference.densities, entrants)
 
 
 def _enter(
@@ -166,7 +167,7 @@ def _prepare(entrant: Entrant, files: _Files) -> None:
 
 
 def _check(entrant: Entrant, files: _Files, reference: Reference) -> None:
-    entrant.gate, entrant.ms = None, []
+    entrant.gate, entrant.ms = _UNCHECKED, []
     entrant.ask("load", inputs=files.inputs)
     files.output.unlink(missing_ok=True)
     reply = entrant.ask("check", input=0, out=str(files.output))
@@ -186,11 +187,8 @@ def _leavers(entrants: list[Entrant], step: Callable[[Entrant], None]) -> Iterat
 
 def _take_turns(entrants: list[Entrant], settings: Settings) -> Iterator[Absent]:
     """Time those with a green gate A B A B, in another order every round, within the budget; each keeps its times."""
-    order, shuffle = (
-        [entrant for entrant in entrants if entrant.gate and entrant.gate.green],
-        random.Random(settings.seed).shuffle,
-    )
-    start = time.perf_counter()
+    order = [entrant for entrant in entrants if entrant.gate.green]
+    shuffle, start = random.Random(settings.seed).shuffle, time.perf_counter()
     for turn in range(settings.repeats):
         if turn >= _FEWEST and time.perf_counter() - start > _BUDGET_S:
             break
@@ -206,7 +204,9 @@ def _turn(entrant: Entrant) -> None:
     entrant.ms += entrant.ask("time", calls=_CALLS if short else 1, warm=short)["ms"]
 
 
-def points(problem: Problem, density: float, entrants: Iterable[Entrant]) -> Iterator[Point]:
+def points(
+    problem: Problem, density: float, densities: dict[str, float], entrants: Iterable[Entrant]
+) -> Iterator[Point]:
     """Each entrant against the strongest dense path of its precision; ours against every peer of it as well.
 
     That path is an honest baseline only if compiled dense paths took part.
@@ -217,11 +217,11 @@ def points(problem: Problem, density: float, entrants: Iterable[Entrant]) -> Ite
         strongest = strongest_dense(equals)
         honest = any(entrant.peer.dense and entrant.peer.compiles and entrant.value for entrant in equals)
         for entrant in equals:
-            yield _point(problem, density, entrant, strongest, honest=honest)
+            yield _point(problem, density, densities, entrant, strongest, honest)
         ours = [entrant for entrant in equals if entrant.peer.ours]
         others = [entrant for entrant in equals if not entrant.peer.ours and entrant is not strongest]
         for entrant, other in itertools.product(ours, others):
-            yield _point(problem, density, entrant, other, honest=False)
+            yield _point(problem, density, densities, entrant, other, False)
 
 
 def strongest_dense(entrants: Iterable[Entrant]) -> Entrant | None:
@@ -230,9 +230,15 @@ def strongest_dense(entrants: Iterable[Entrant]) -> Entrant | None:
     return min(fit, key=lambda entrant: statistics.median(entrant.ms), default=None)
 
 
-def _point(problem: Problem, density: float, entrant: Entrant, baseline: Entrant | None, *, honest: bool) -> Point:
+def _point(
+    problem: Problem,
+    density: float,
+    densities: dict[str, float],
+    entrant: Entrant,
+    baseline: Entrant | None,
+    honest: bool,
+) -> Point:
     peer = entrant.peer
-    gate = entrant.gate or Gate(False, "not checked", ("it left before the check",))
     return Point(
         "peers",
         problem.name,
@@ -246,9 +252,10 @@ def _point(problem: Problem, density: float, entrant: Entrant, baseline: Entrant
         "none" if baseline is None else baseline.peer.name,
         None if baseline is None else baseline.value,
         honest,
-        gate,
+        entrant.gate,
         peer.precision,
         problem.device,
+        densities=densities,
     )
 
 

@@ -27,7 +27,12 @@ _WORKERS = 12  # how many processes hold the problem at the same time, this one 
 
 
 class Reference(Protocol):
-    """Judges results for one input."""
+    """Judges results for one input. ``densities`` are those of the right results, by name."""
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """Empty where results are not spikes."""
+        ...
 
     def judge(self, output: Tensor, precision: str) -> Gate:
         """Green where ``output`` is right."""
@@ -123,6 +128,8 @@ class ProductReference:
     """Holds a product to its float64 error budget (:func:`sparseflow.kernels.reference.error_budget`)."""
 
     what = "every output within twice the error of PyTorch's dense product of the same precision, and a rounding band"
+
+    densities: dict[str, float] = {}
 
     def __init__(self, x: Tensor, weight: Tensor):
         self._operands = x, weight
@@ -222,9 +229,9 @@ class LifReference:
             v, band = v.masked_fill(fired, 0.0), band.masked_fill(fired, 0.0)
 
     @property
-    def rate(self) -> float:
+    def densities(self) -> dict[str, float]:
         """Share of neurons and steps that fire."""
-        return float(self.spikes.float().mean())
+        return {"output": float(self.spikes.float().mean())}
 
     def judge(self, output: Tensor, precision: str) -> Gate:
         """``output`` is ``[T, N, C]`` of zeros and ones, computed in float32."""
