@@ -127,12 +127,15 @@ class Kernel(Protocol):
 
     ``axis`` is what its time follows, and crossovers are stated in: ``"density"`` (nonzero / numel) or ``"occupancy"``
     (occupied / words). ``deferred`` is true where the counts of a prescan stay on the device and nobody waits for them.
+    ``weight_share`` is the share of the weight's blocks that are not zero, to two decimals, where the kernel skips the
+    others, so that its times belong to it; else 1.
     """
 
     path: Path
     dtype: torch.dtype
     axis: str
     deferred: bool
+    weight_share: float
 
     def variants(self) -> tuple[str, ...]:
         """Names of the configurations worth measuring, best guess first."""

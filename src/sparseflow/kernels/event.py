@@ -47,6 +47,7 @@ class EventConv:
     path = Path.EVENT
     axis = DENSITY
     deferred = False
+    weight_share = 1.0
 
     def __init__(self, geometry: engine.ConvGeometry, layout: Layout, dtype: torch.dtype):
         self.geometry, self.layout, self.dtype = geometry, layout, dtype
@@ -82,6 +83,7 @@ class EventLinear:
     path = Path.EVENT
     axis = DENSITY
     deferred = False
+    weight_share = 1.0
 
     def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
         self.rows, self.in_features, self.out_features, self.dtype = rows, in_features, out_features, dtype

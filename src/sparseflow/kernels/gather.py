@@ -74,6 +74,7 @@ class GatherLinear:
     path = Path.GATHER
     axis = DENSITY
     deferred = False
+    weight_share = 1.0
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype

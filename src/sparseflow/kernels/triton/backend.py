@@ -29,10 +29,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SMALL_BATCH = 32  # rows of a linear layer up to which reading only the active inputs' weights can pay
 
 
-def bind_all(x: Tensor, weight: Tensor, call: Call) -> tuple[Kernel, ...] | Refusal:
+def bind_all(x: Tensor, weight: Tensor, call: Call, *, inspect: bool = True) -> tuple[Kernel, ...] | Refusal:
     """Every Triton kernel that covers this signature, or why there is none.
 
-    Values of the input are not looked at; of the weight, which of its blocks are zero, which waits for the device.
+    Values of ``x`` are not looked at. With ``inspect``, which waits for the device, a kernel for pruned weights comes
+    first where ``weight`` has zero blocks enough.
     """
     if not runs_on(x.device):
         wanted = "CPU tensors (TRITON_INTERPRET=1 is set)" if interpreting() else "CUDA tensors"
@@ -41,9 +42,8 @@ def bind_all(x: Tensor, weight: Tensor, call: Call) -> tuple[Kernel, ...] | Refu
         return Refusal(Reason.DTYPE, f"{x.dtype}; supported by the Triton kernels: float16, bfloat16, float32")
     if not weight.numel() or not x.numel():
         return Refusal(Reason.NO_ENGINE, "the weight or the input is empty")
-    if isinstance(call, ConvCall):
-        return _bind_conv(x, weight, call)
-    return _bind_linear(x, weight)
+    bound = _bind_conv(x, weight, call) if isinstance(call, ConvCall) else _bind_linear(x, weight)
+    return (*offered(bound[0], weight), *bound) if inspect else bound
 
 
 def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...]:
@@ -53,8 +53,7 @@ def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...]:
     if 1 < geometry.groups == geometry.in_channels:
         return (DepthwiseConv(geometry, layout, x.dtype),)
     tf32 = _on_gpu_in_float32(x) and tf32_convolution()
-    tiled = TileConv(geometry, layout, x.dtype, tf32=tf32)
-    return *offered(tiled, weight), tiled, EventConv(geometry, layout, x.dtype)
+    return TileConv(geometry, layout, x.dtype, tf32=tf32), EventConv(geometry, layout, x.dtype)
 
 
 def _conv_geometry(x: Tensor, weight: Tensor, call: ConvCall) -> ConvGeometry:
@@ -64,8 +63,7 @@ def _conv_geometry(x: Tensor, weight: Tensor, call: ConvCall) -> ConvGeometry:
 def _bind_linear(x: Tensor, weight: Tensor) -> tuple[Kernel, ...]:
     sizes = math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0]
     tiled = TileLinear(*sizes, x.dtype, tf32=_on_gpu_in_float32(x) and tf32_matmul())
-    found = *offered(tiled, weight), tiled
-    return found if sizes[0] > _SMALL_BATCH else (*found, EventLinear(*sizes, x.dtype))
+    return (tiled,) if sizes[0] > _SMALL_BATCH else (tiled, EventLinear(*sizes, x.dtype))
 
 
 def _on_gpu_in_float32(x: Tensor) -> bool:
@@ -148,6 +146,7 @@ class TileConv:
     path = Path.TILE
     axis = OCCUPANCY
     deferred = True
+    weight_share = 1.0
 
     def __init__(self, geometry: ConvGeometry, layout: Layout, dtype: torch.dtype, *, tf32: bool):
         self.geometry, self.layout, self.dtype, self.tf32 = geometry, layout, dtype, tf32

@@ -187,9 +187,9 @@ def pruned_stages(
     """Occupancy of (tile, 16 channels), then the pairs of (tap, 16 channels) whose weights are present.
 
     A program finds the halo again in its L1 cache, for all of its taps and blocks of outputs, where it fits; else every
-    pair reads it. Pairs beyond the last whole step are not counted. A matrix instruction for 64 pixels reads them from
-    shared memory at 128 bytes a cycle, so that one with ``width`` outputs takes as long as the arithmetic of
-    ``32 + width / 2`` of them, if that is more.
+    pair reads it. Channels that no pair asks for are not read; pairs that fill up a last step are not counted.
+    A matrix instruction for 64 pixels reads them from shared memory at 128 bytes a cycle, so that one with ``width``
+    outputs takes as long as the arithmetic of ``32 + width / 2`` of them, if that is more.
     """
     g, tiling, size = geometry, Tiling.of_side(geometry, variant.side), dtype.itemsize
     blocks = -(-g.out_channels // variant.width)
@@ -198,10 +198,12 @@ def pruned_stages(
     parts = 2 if dtype == torch.float32 and not variant.tf32 else 1
     groups = -(-g.in_channels // GROUP)
     pairs = tiling.count * blocks * groups * g.taps * occupancy * share
+    seen = occupancy * (1.0 - (1.0 - share) ** (run * g.taps))
     halo = tiling.halo_pixels * g.in_channels * size
     scanned = tiling.count * halo
-    read = programs * halo * occupancy if halo <= _L1 else pairs * GROUP * tiling.rows * size
+    read = programs * halo * seen if halo <= _L1 else pairs * GROUP * tiling.rows * size
     block = GROUP * variant.width * parts * 2
+    weight = blocks * groups * g.taps * share * block
     index = programs * run * groups * g.taps * share * _COUNT
     work = pairs * _COUNT
     bits = tiling.count * 4 * _COUNT
@@ -210,10 +212,7 @@ def pruned_stages(
         Stage("prescan", memory=_input(g) * size + bits, cache=scanned, programs=tiling.count),
         Stage(
             "compute",
-            memory=occupancy * _input(g) * size
-            + bits
-            + blocks * groups * g.taps * share * block
-            + _output_bytes(g, dtype),
+            memory=seen * _input(g) * size + bits + weight + _output_bytes(g, dtype),
             cache=read + pairs * block + index + 2 * work + _output_bytes(g, dtype),
             tensor=2.0 * pairs * GROUP * tiling.rows * slots * parts,
             programs=programs,

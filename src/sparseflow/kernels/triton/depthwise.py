@@ -264,6 +264,7 @@ class DepthwiseConv:
     path = Path.TILE
     axis = OCCUPANCY
     deferred = True
+    weight_share = 1.0
 
     def __init__(self, geometry: ConvGeometry, layout: Layout, dtype: torch.dtype):
         if geometry.groups != geometry.in_channels:

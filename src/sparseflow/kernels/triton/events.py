@@ -221,6 +221,7 @@ class EventConv:
     path = Path.EVENT
     axis = DENSITY
     deferred = True
+    weight_share = 1.0
 
     def __init__(self, geometry: ConvGeometry, layout: Layout, dtype: torch.dtype):
         self.geometry, self.layout, self.dtype = geometry, layout, dtype
@@ -255,6 +256,7 @@ class EventLinear:
     path = Path.EVENT
     axis = DENSITY
     deferred = True
+    weight_share = 1.0
 
     def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype):
         self.geometry = _one_pixel_images(rows, in_features, out_features)

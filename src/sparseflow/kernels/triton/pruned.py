@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.base import OCCUPANCY
+from sparseflow.kernels.base import OCCUPANCY, Kernel
 from sparseflow.kernels.blocksparse import present_blocks
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.plan import Path
@@ -69,15 +69,29 @@ class PrunedVariant:
 def pruned_variants(geometry: ConvGeometry, *, tf32: bool, parts: int) -> tuple[PrunedVariant, ...]:
     """Every configuration that can be offered, for any pattern of absent blocks.
 
-    Small tiles skip more spikes and wide blocks of outputs use the matrix units better, but are more rarely zero.
+    Groups of 16 channels are seldom silent, be the tile small or large, so that tiles are as large as the feature map
+    allows: each of them reads the whole of the weight that is present. Wide blocks of outputs use the matrix units
+    better, and are more rarely zero.
     """
     outputs = padded_outputs(geometry.out_channels)
-    pixels = math.prod(geometry.out_size)
-    sides = (8, 4) if pixels > 4 * 4 else (4, 8)
     widest = 128 if parts == 1 else 64
     widths = [width for width in WIDTHS if width <= widest and (width <= outputs or width == GROUP)]
-    pairs = 4 if parts == 1 else 2
-    return tuple(PrunedVariant(side, width, pairs, 4, 3, tf32) for side in sides for width in widths)
+    found = (_configuration(side, width, tf32, parts) for side in _sides(geometry) for width in widths)
+    return tuple(dict.fromkeys(found))
+
+
+def _sides(geometry: ConvGeometry) -> tuple[int, ...]:
+    """Tile sides for the size of the feature map."""
+    pixels = math.prod(geometry.out_size)
+    if pixels > 8 * 8:
+        return (16, 8)
+    return (8, 4) if pixels > 4 * 4 else (4, 8)
+
+
+def _configuration(side: int, width: int, tf32: bool, parts: int) -> PrunedVariant:
+    if side == 16:  # 256 rows: more accumulators would leave no registers
+        return PrunedVariant(16, min(width, 64 if parts == 1 else 32), 2, 8, 3, tf32)
+    return PrunedVariant(side, width, 4 if parts == 1 else 2, 4, 3, tf32)
 
 
 class PrunedKernel:
@@ -93,6 +107,7 @@ class PrunedKernel:
 
     def __init__(self, full: TileConv, shares: dict[int, float]):
         self.full, self.shares = full, shares
+        self.weight_share = round(shares[GROUP], 2)
         self.geometry, self.dtype = full.geometry, full.dtype
 
     @functools.cached_property
@@ -126,13 +141,15 @@ class PrunedKernel:
         return self.full.result(out, x)
 
 
-def offered(full: TileConv, weight: Tensor) -> tuple[PrunedKernel, ...]:
+def offered(full: Kernel, weight: Tensor) -> tuple[PrunedKernel, ...]:
     """The kernel for ``weight`` where it has absent blocks and their number promises a gain; waits for the device.
 
     The promise is that of the cost model, on an input without silent channels: less than a dense layer takes, and less
     than ``full`` does.
     """
-    if weight.is_meta or full.geometry.groups != 1:
+    from .backend import TileConv
+
+    if weight.is_meta or not isinstance(full, TileConv) or full.geometry.groups != 1:
         return ()
     present = present_blocks(weight).cpu()
     if bool(present.all()):
