@@ -14,7 +14,7 @@ import torch
 import sparseflow
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import experiments, models, problem, suite, summary, sweep
-from benchmarks.gpu.layers import HEADLINE, LINEAR, LayerShape, resnet18, resnet50
+from benchmarks.gpu.layers import HEADLINE, LINEAR, PRUNED, PRUNED_LINEAR, LayerShape, pruned, resnet18, resnet50
 from benchmarks.gpu.problem import Problem, SparseWay
 from benchmarks.gpu.records import Figure, Gate, Journal, LayerRow, RedGate, to_json
 from benchmarks.gpu.runner import Budget, Cell, limit, run_cells
@@ -23,6 +23,7 @@ from benchmarks.gpu.supervisor import in_flight, supervise
 from benchmarks.gpu.sweep import Sweep
 from benchmarks.gpu.timing import Sampler, WallTimer, alternate
 from sparseflow.bench.gpus import Gpu, parse, pick
+from sparseflow.kernels.weight_blocks import present_blocks
 
 CPU = torch.device("cpu")
 TINY = LayerShape("3x3 16@5", 16, 16, (5, 5), kernel=3)
@@ -166,7 +167,16 @@ def test_the_plan_covers_what_the_documentation_promises():
     assert {s.dtype for s in plan} == {torch.float16, torch.bfloat16, torch.float32}
     assert {s.steps_times_batch for s in plan if s.stage == "sweep"} == {4, 32, 128, 256}
     layers = {s.layer for s in plan}
-    assert layers >= {*resnet18(224), *resnet50(224), *resnet18(32), *resnet50(32), *LINEAR, *dict(HEADLINE)}
+    assert layers >= {
+        *resnet18(224),
+        *resnet50(224),
+        *resnet18(32),
+        *resnet50(32),
+        *LINEAR,
+        *dict(HEADLINE),
+        *PRUNED,
+        *PRUNED_LINEAR,
+    }
     assert {(s.layer.name, s.steps_times_batch) for s in plan if s.stage == "linear"} == {
         (layer.name, rows) for layer in LINEAR for rows in (1, 4, 32)
     }
@@ -297,6 +307,19 @@ def test_a_variant_that_does_not_compile_leaves_the_others_standing(monkeypatch)
 
 
 # The path of a layer sweep, in Triton's interpreter
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_pruned_layer_has_the_kernel_for_pruned_weights_beside_the_others(together):
+    shape = pruned(LayerShape("3x3 40@3", 40, 40, (3, 3), kernel=3), 0.5, together=together)
+    case = Problem.of(shape, 1, torch.float16, CPU)
+    present = present_blocks(case.weight)
+    assert 0 < present.sum() < present.numel()
+    assert bool((present == present[0]).all()) == together
+    kernels = case.kernels()
+    assert [str(kernel.path) for kernel in kernels] == ["pruned", "tile", "event"]
+    way = SparseWay.of(kernels[0], kernels[0].variants()[0], case.weights)
+    assert case.gate(way, case.spikes(INDEPENDENT, 0.2)).green
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=sweep.short)

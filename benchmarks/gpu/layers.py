@@ -11,6 +11,26 @@ STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Pruned:
+    """How a weight is pruned: the share of its blocks of 16 x 16 channels that is left, at random places.
+
+    ``together``: the same input channels and taps for all outputs, so that wide blocks are absent as often.
+    """
+
+    share: float
+    together: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the name of a layer.
+
+        >>> Pruned(0.25).name
+        '25% of 16x16 blocks'
+        """
+        return f"{self.share:.0%} of 16x16 blocks{' for all outputs' if self.together else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerShape:
     """A layer as a network has it, for one image and time step; ``size`` is that of the input, ``()`` if linear."""
 
@@ -20,6 +40,7 @@ class LayerShape:
     size: tuple[int, ...] = ()
     kernel: int = 1
     stride: int = 1
+    pruned: Pruned | None = None
 
     @property
     def call(self) -> Call:
@@ -47,6 +68,16 @@ class LayerShape:
     def flops(self) -> int:
         """Operations of the dense layer for one image and time step."""
         return 2 * self.out_pixels * self.c_out * self.c_in * self.kernel ** len(self.size)
+
+
+def pruned(layer: LayerShape, share: float, *, together: bool = False) -> LayerShape:
+    """``layer`` with a pruned weight.
+
+    >>> pruned(LayerShape("linear 64->32", 64, 32), 0.5).name
+    'linear 64->32, 50% of 16x16 blocks'
+    """
+    how = Pruned(share, together)
+    return dataclasses.replace(layer, name=f"{layer.name}, {how.name}", pruned=how)
 
 
 def resnet18(side: int) -> tuple[LayerShape, ...]:
@@ -96,3 +127,9 @@ HEADLINE = (
 )
 LINEAR = (LayerShape("linear 25088->4096", 25088, 4096), LayerShape("linear 4096->4096", 4096, 4096))
 EFFICIENCY = (_conv(64, 64, 56, 3), _conv(128, 128, 28, 3), _conv(256, 256, 14, 3), _conv(64, 256, 56, 1))
+PRUNED = tuple(
+    pruned(layer, share, together=together)
+    for share, together in ((0.1, False), (0.25, False), (0.25, True))
+    for layer in EFFICIENCY[:3]
+)
+PRUNED_LINEAR = tuple(pruned(LINEAR[1], share) for share in (0.1, 0.25))

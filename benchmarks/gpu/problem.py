@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from sparseflow.dispatch.runtime import LayerRuntime, RuntimeConfig
 from sparseflow.kernels.base import ConvCall, Counts, Refusal, counts
 from sparseflow.kernels.reference import excess
+from sparseflow.kernels.weight_blocks import BLOCK, present_blocks
 from sparseflow.modules.swap import swap
 from sparseflow.plan import LayerPlan, Path, Provenance, Reason
 
-from .layers import LayerShape
+from .layers import LayerShape, Pruned
 from .records import Gate, RedGate
 from .spikes import draw
 from .timing import Run
@@ -45,10 +46,13 @@ class Problem:
 
     @classmethod
     def of(cls, layer: LayerShape, steps_times_batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
-        """With random weights of unit gain."""
+        """With random weights, of unit gain before they are pruned."""
         generator = torch.Generator().manual_seed(0)
         gain = torch.Size(layer.w_shape[1:]).numel() ** -0.5
-        weight = _last((torch.randn(layer.w_shape, generator=generator) * gain).to(device, dtype))
+        values = torch.randn(layer.w_shape, generator=generator) * gain
+        if layer.pruned is not None:
+            values *= _left(layer.w_shape, layer.pruned, generator)
+        weight = _last(values.to(device, dtype))
         copies = 1 if layer.size else _exceeding(cache_bytes(device), weight.nbytes)
         return cls(layer, steps_times_batch, dtype, device, tuple(weight.clone() for _ in range(copies)))
 
@@ -117,17 +121,20 @@ class Problem:
         return lambda i: self.layer.call.dense(inputs[i], weights[i % len(weights)], None)
 
     def kernels(self) -> tuple[Any, ...]:
-        """The sparse kernels that cover the layer.
+        """The sparse kernels that cover the layer; that for pruned weights also where it is not expected to win.
 
         Raises:
             ValueError: none does.
         """
         from sparseflow.kernels.triton.backend import bind_all
+        from sparseflow.kernels.triton.pruned import PrunedKernel, shares_of
 
         bound = bind_all(self.like, self.weight, self.layer.call)
         if isinstance(bound, Refusal):
             raise ValueError(f"{self.layer.name}: {bound.reason}. {bound.detail}")
-        return bound
+        if self.layer.pruned is None or isinstance(bound[0], PrunedKernel):
+            return bound
+        return PrunedKernel(bound[0], shares_of(present_blocks(self.weight).transpose(1, 2).cpu())), *bound
 
     def gate(self, way: Callable[[Tensor], Tensor], xs: list[Tensor]) -> Gate:
         """Compare what ``way`` returns with the float64 oracle, on as many images as are affordable.
@@ -187,6 +194,14 @@ class SparseWay:
     def counted(self, x: Tensor) -> Counts:
         """What its prescan finds; waits for the device."""
         return counts(self.kernel.prescan(x, self.variant))
+
+
+def _left(shape: tuple[int, ...], how: Pruned, generator: torch.Generator) -> Tensor:
+    """``[C_out, C_in, *kernel]``: 1 where the weight is left, 0 elsewhere."""
+    rows, columns = (-(-channels // block) for channels, block in zip(shape, BLOCK, strict=False))
+    left = torch.rand(1 if how.together else rows, columns, *shape[2:], generator=generator) < how.share
+    wide = left.expand(rows, *left.shape[1:]).repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
+    return wide[: shape[0], : shape[1]].float()
 
 
 def _exceeding(cache: int, size: int) -> int:

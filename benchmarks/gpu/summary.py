@@ -24,9 +24,9 @@ class Goal:
 
 
 def _honest(row: dict[str, Any]) -> bool:
-    """A kernel over the strongest dense way, prescan included."""
+    """A kernel over the strongest dense way, prescan included, with a full weight."""
     fair = row["kind"] == "layer" and row["baseline"].startswith("dense") and row["includes_prescan"]
-    return fair and row["path"] != "dispatched"
+    return fair and row["path"] != "dispatched" and row["stage"] != "pruned"
 
 
 def _layer(pattern: str, density: float, dtype: str = "float16") -> Callable[[dict[str, Any]], bool]:

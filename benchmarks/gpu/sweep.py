@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import EFFICIENCY, HEADLINE, LINEAR, LayerShape, resnet18, resnet50
+from .layers import EFFICIENCY, HEADLINE, LINEAR, PRUNED, PRUNED_LINEAR, LayerShape, resnet18, resnet50
 from .problem import DenseLayer, Problem, SparseWay
 from .records import Gate, LayerRow, Quantiles, RedGate, Row, Skipped
 from .runner import Cell, is_fatal
@@ -260,6 +260,11 @@ def planned() -> Iterator[tuple[int, Sweep]]:
     for rows in (1, 4, 32):
         for layer in LINEAR:
             yield 1, Sweep("linear", layer, rows, half, LINEAR_SWEEP, compiled=rows == 1)
+    some = tuple((CLUSTERED, density) for density in (0.0, 0.015, 0.08, 0.2))
+    for layer in PRUNED:
+        yield 3, Sweep("pruned", layer, 128, half, some, dispatched=True)
+    for layer in PRUNED_LINEAR:
+        yield 3, Sweep("pruned", layer, 512, half, LINEAR_SWEEP, dispatched=True)
     small, large = resnet18(224), [layer for layer in resnet50(224) if layer not in resnet18(224)]
     yield from _grid(2, small, (128,), (half,), compiled=True)
     yield from _grid(4, small, (128,), (single,))

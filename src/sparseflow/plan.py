@@ -36,6 +36,7 @@ class Path(enum.StrEnum):
     EVENT = "event"
     GATHER = "gather"
     TILE = "tile"
+    PRUNED = "pruned"
     FUSED = "fused"
 
 

@@ -114,7 +114,7 @@ def curve(key, kernel, *, at_zero, at_one, dense_ms=1.0, prescan_ms=0.001, pack_
 
 def install(monkeypatch, *kernels):
     """Have ``kernels`` cover every call on the CPU."""
-    monkeypatch.setitem(select._BINDERS, "cpu", lambda x, weight, call: kernels)
+    monkeypatch.setitem(select._BINDERS, "cpu", lambda *_: kernels)
 
 
 def runtime_for(monkeypatch, *pairs, mode="auto"):

@@ -13,8 +13,10 @@ from torch import nn
 
 import sparseflow
 from sparseflow import Path, Reason
+from sparseflow.dispatch.runtime import LayerRuntime, RuntimeConfig
 from sparseflow.kernels.base import LinearCall
 from sparseflow.modules.swap import runtimes
+from sparseflow.plan import LayerPlan, Provenance
 
 from .nets import SPIKE_FED, Fire, conv_net, dense_and_sparse, images
 
@@ -233,3 +235,24 @@ def test_a_model_on_the_cpu_says_why_other_backends_stay_dense(monkeypatch):
         refusal = select.candidates(meta, weight, LinearCall(), backend)
         assert refusal.reason is Reason.DEVICE
         assert "meta" in refusal.detail
+
+
+def test_a_pruned_layer_runs_its_kernel_whatever_becomes_of_the_weight(monkeypatch):
+    """Bound when the weight was pruned, it stays right when the zeros move or are gone."""
+    from sparseflow.kernels.triton import backend, pruned
+
+    monkeypatch.setattr(
+        backend, "offered", lambda full, weight: (pruned.PrunedKernel(full, dict.fromkeys(pruned.WIDTHS, 0.5)),)
+    )
+    plan = LayerPlan("layer", "linear", Path.DENSE, Reason.NOT_MEASURED, Provenance.BINARY)
+    runtime = LayerRuntime(plan, RuntimeConfig(backend="triton", mode="sparse"))
+    weight, x = torch.randn(40, 48), spikes(3, 48)
+    with torch.no_grad():
+        weight[:16] = 0.0
+        for change in (lambda: None, lambda: weight.copy_(weight.roll(16, 0)), lambda: weight.add_(1.0)):
+            change()
+            torch.testing.assert_close(runtime.run(x, weight, None, LinearCall()), x @ weight.t())
+    assert runtime.stats.calls == {Path.PRUNED: 3}
+    key = runtime.last_site.candidates[0][1].eager.key
+    assert key.startswith("pruned|")
+    assert "|blocks0.5|" in key

@@ -131,17 +131,17 @@ def _gpu(device: torch.device) -> str:
 def crossover_keys(kernel: Kernel, x: Tensor, weight: Tensor, call: Call) -> tuple[str, str]:
     """What the crossovers for eager and for captured calls are stored under; the same on the CPU.
 
-    Kernel, shape bucket, layout, share of weight blocks that are not zero, dtype, and the threads or the GPU. The batch
-    is rounded up to a power of two; every other size counts exactly.
+    Kernel, shape bucket, layout, dtype, where zero blocks of the weight are skipped the share of the others, and the
+    threads or the GPU. The batch is rounded up to a power of two; every other size counts exactly.
     """
     lead = x.shape[0] if isinstance(call, ConvCall) else math.prod(x.shape[:-1])
     bucket = 1 << max(0, lead - 1).bit_length()
     spatial = "x".join(map(str, x.shape[1:])) if isinstance(call, ConvCall) else str(x.shape[-1])
     layout = "first" if x.is_contiguous() else "last"
     weights = "x".join(map(str, weight.shape)) + ("" if weight.is_contiguous() else "last")
-    arguments = "" if not isinstance(call, ConvCall) else f"|{call.stride}{call.padding}{call.dilation}{call.groups}"
     if kernel.weight_share < 1.0:
         weights += f"|blocks{kernel.weight_share}"
+    arguments = "" if not isinstance(call, ConvCall) else f"|{call.stride}{call.padding}{call.dilation}{call.groups}"
     dtype = str(x.dtype).removeprefix("torch.")
     text = f"{kernel.path}|{bucket}|{spatial}|{layout}|{weights}{arguments}|{dtype}".replace(" ", "")
     if not x.is_cuda:

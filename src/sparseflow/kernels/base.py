@@ -127,8 +127,8 @@ class Kernel(Protocol):
 
     ``axis`` is what its time follows, and crossovers are stated in: ``"density"`` (nonzero / numel) or ``"occupancy"``
     (occupied / words). ``deferred`` is true where the counts of a prescan stay on the device and nobody waits for them.
-    ``weight_share`` is the share of the weight's blocks that are not zero where the kernel skips zero ones, else 1: its
-    times belong to it.
+    ``weight_share`` is the share of the weight's blocks that are not zero, to two decimals, where the kernel skips the
+    others, so that its times belong to it; else 1.
     """
 
     path: Path

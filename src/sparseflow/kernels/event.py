@@ -49,6 +49,7 @@ class EventConv:
     path = Path.EVENT
     axis = DENSITY
     deferred = False
+    weight_share = 1.0
 
     def __init__(self, geometry: engine.ConvGeometry, layout: Layout, dtype: torch.dtype, weight_share: float = 1.0):
         self.geometry, self.layout, self.dtype, self.weight_share = geometry, layout, dtype, weight_share
@@ -86,6 +87,7 @@ class EventLinear:
     path = Path.EVENT
     axis = DENSITY
     deferred = False
+    weight_share = 1.0
 
     def __init__(self, rows: int, in_features: int, out_features: int, dtype: torch.dtype, weight_share: float = 1.0):
         self.rows, self.in_features, self.out_features, self.dtype = rows, in_features, out_features, dtype

@@ -12,30 +12,30 @@ from sparseflow.plan import Reason
 from .base import Call, Kernel, Refusal
 
 Candidates = tuple[Kernel, ...] | Refusal
-Binder = Callable[[Tensor, Tensor, Call], Candidates]
+Binder = Callable[[Tensor, Tensor, Call, bool], Candidates]
 
 
-def _bind_event(x: Tensor, weight: Tensor, call: Call) -> Candidates:
+def _bind_event(x: Tensor, weight: Tensor, call: Call, inspect: bool) -> Candidates:  # noqa: ARG001
     from . import event
 
     bound = event.bind(x, weight, call)
     return bound if isinstance(bound, Refusal) else (bound,)
 
 
-def _bind_gather(x: Tensor, weight: Tensor, call: Call) -> Candidates:
+def _bind_gather(x: Tensor, weight: Tensor, call: Call, inspect: bool) -> Candidates:  # noqa: ARG001
     from . import gather
 
     bound = gather.bind(x, weight, call)
     return bound if isinstance(bound, Refusal) else (bound,)
 
 
-def _bind_triton(x: Tensor, weight: Tensor, call: Call) -> Candidates:
+def _bind_triton(x: Tensor, weight: Tensor, call: Call, inspect: bool) -> Candidates:
     unavailable = why_not_triton(x.device)
     if unavailable:
         return Refusal(Reason.DEVICE, unavailable)
     from .triton import backend
 
-    return backend.bind_all(x, weight, call)
+    return backend.bind_all(x, weight, call, inspect=inspect)
 
 
 _BINDERS: dict[str, Binder] = {"cpu": _bind_event, "torch": _bind_gather, "triton": _bind_triton}
@@ -44,17 +44,17 @@ _AUTO_ELSEWHERE = ("cpu", "torch")
 BACKENDS = ("auto", *_BINDERS)
 
 
-def candidates(x: Tensor, weight: Tensor, call: Call, backend: str) -> Candidates:
+def candidates(x: Tensor, weight: Tensor, call: Call, backend: str, *, inspect: bool = True) -> Candidates:
     """The kernels that cover the call, best guess first, else the refusal of the preferred backend.
 
     ``"auto"`` means the Triton kernels for CUDA tensors, and for others the native engine or else its fallback.
-    Binding looks at shapes, strides, dtype and device; of values only, and on the CPU only, at which blocks of the
-    weight are zero.
+    Binding looks at shapes, strides, dtype and device, never at the values of ``x``. At those of ``weight`` it looks
+    with ``inspect``, which waits for its device: some kernels are for weights with zero blocks only.
     """
     names = _AUTO.get(x.device.type, _AUTO_ELSEWHERE) if backend == "auto" else (backend,)
     refusals = []
     for name in names:
-        bound = _BINDERS[name](x, weight, call)
+        bound = _BINDERS[name](x, weight, call, inspect)
         if not isinstance(bound, Refusal):
             return bound
         refusals.append(bound)
@@ -62,8 +62,8 @@ def candidates(x: Tensor, weight: Tensor, call: Call, backend: str) -> Candidate
 
 
 def select(x: Tensor, weight: Tensor, call: Call, backend: str) -> Kernel | Refusal:
-    """The first of :func:`candidates`."""
-    found = candidates(x, weight, call, backend)
+    """The first of :func:`candidates` without a look at the values of ``weight``: nothing waits for a device."""
+    found = candidates(x, weight, call, backend, inspect=False)
     return found if isinstance(found, Refusal) else found[0]
 
 

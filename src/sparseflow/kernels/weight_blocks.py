@@ -35,8 +35,11 @@ def present_blocks(weight: Tensor, block: tuple[int, int] = BLOCK) -> Tensor:
 
 
 def present_share(weight: Tensor) -> float:
-    """Share of the kernels' blocks that hold anything but zeros, in 0..1, to two decimals: what times follow."""
-    if not weight.numel():
+    """Share of the kernels' blocks that hold anything but zeros, in 0..1, to two decimals: what times follow.
+
+    A weight without elements, or on ``meta``, where there are no values, counts as full. Waits for the device.
+    """
+    if weight.is_meta or not weight.numel():
         return 1.0
     return round(float(present_blocks(weight).float().mean()), 2)
 

@@ -16,6 +16,7 @@ from sparseflow.kernels.triton.launch import Launch
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 MATRIX = {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "sm_100": ("tcgen05.mma", "mma.sync"), "gfx942": ("mfma",)}
+PRODUCTS = ("_tile_gemm", "_pruned_gemm")
 SHARED = {"sm_80": 99 * 1024, "sm_90": 163 * 1024, "sm_100": 163 * 1024, "gfx942": 64 * 1024}
 REGISTER_FILE = 64 * 1024
 
@@ -49,23 +50,26 @@ def test_registers_and_shared_memory_are_within_budget(report, target):
         assert max(row["registers"] * 32 * row["warps"] for row in found) <= REGISTER_FILE
 
 
+@pytest.mark.parametrize("kernel", PRODUCTS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_tiles_of_64_rows_are_multiplied_by_matrix_units(report, target):
-    large = [row for row in rows(report, target, "_tile_gemm") if tile_rows(row) >= 64]
+def test_tiles_of_64_rows_are_multiplied_by_matrix_units(report, target, kernel):
+    large = [row for row in rows(report, target, kernel) if tile_rows(row) >= 64]
     assert large
     for row in large:
         assert any(row["in_loop"][name] for name in MATRIX[target]), row
 
 
+@pytest.mark.parametrize("kernel", PRODUCTS)
 @pytest.mark.parametrize("target", NVIDIA)
-def test_tiles_of_16_rows_are_multiplied_by_matrix_units(report, target):
-    small = [row for row in rows(report, target, "_tile_gemm") if tile_rows(row) < 64]
+def test_tiles_of_16_rows_are_multiplied_by_matrix_units(report, target, kernel):
+    small = [row for row in rows(report, target, kernel) if tile_rows(row) < 64]
     assert small
     assert all(row["in_loop"]["mma.sync"] for row in small)
 
 
-def test_wgmma_covers_every_dtype_and_the_parts_of_float32(report):
-    large = [row for row in rows(report, "sm_90", "_tile_gemm") if tile_rows(row) >= 64 and row["counts"]["wgmma"]]
+@pytest.mark.parametrize("kernel", PRODUCTS)
+def test_wgmma_covers_every_dtype_and_the_parts_of_float32(report, kernel):
+    large = [row for row in rows(report, "sm_90", kernel) if tile_rows(row) >= 64 and row["counts"]["wgmma"]]
     kinds = {(row["dtypes"][0], row["constants"]["PARTS"]) for row in large}
     assert kinds >= {("float16", 1), ("bfloat16", 1), ("float32", 2), ("float32", 3)}
 
@@ -74,6 +78,14 @@ def test_wgmma_covers_every_dtype_and_the_parts_of_float32(report):
 def test_copies_are_asynchronous_inside_the_loop_over_channels(report, target):
     for row in rows(report, target, "_tile_gemm"):
         assert row["in_loop"]["cp.async"] >= 2, row
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_blocks_of_a_pruned_weight_are_copied_asynchronously(report, target):
+    """And the input too, where its channels are innermost and a multiple of 8."""
+    found = rows(report, target, "_pruned_gemm")
+    assert all(row["in_loop"]["cp.async"] for row in found)
+    assert any(row["in_loop"]["cp.async"] > 1 for row in found)
 
 
 @pytest.mark.parametrize("target", NVIDIA)

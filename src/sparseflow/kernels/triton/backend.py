@@ -20,6 +20,7 @@ from .events import EventConv, EventLinear
 from .gemm import tile_gemm
 from .launch import interpreting, runs_on
 from .prescan import TileScan, prescan_tiles
+from .pruned import offered
 from .rows import as_bias
 from .tiles import Tiling
 from .weights import Packed, pack, padded_outputs
@@ -28,8 +29,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SMALL_BATCH = 32  # rows of a linear layer up to which reading only the active inputs' weights can pay
 
 
-def bind_all(x: Tensor, weight: Tensor, call: Call) -> tuple[Kernel, ...] | Refusal:
-    """Every Triton kernel that covers this signature, or why there is none. Values are not looked at."""
+def bind_all(x: Tensor, weight: Tensor, call: Call, *, inspect: bool = True) -> tuple[Kernel, ...] | Refusal:
+    """Every Triton kernel that covers this signature, or why there is none.
+
+    Values of ``x`` are not looked at. With ``inspect``, which waits for the device, a kernel for pruned weights comes
+    first where ``weight`` has zero blocks enough.
+    """
     if not runs_on(x.device):
         wanted = "CPU tensors (TRITON_INTERPRET=1 is set)" if interpreting() else "CUDA tensors"
         return Refusal(Reason.DEVICE, f"the Triton kernels run on {wanted}, the input is on {x.device}")
@@ -37,9 +42,8 @@ def bind_all(x: Tensor, weight: Tensor, call: Call) -> tuple[Kernel, ...] | Refu
         return Refusal(Reason.DTYPE, f"{x.dtype}; supported by the Triton kernels: float16, bfloat16, float32")
     if not weight.numel() or not x.numel():
         return Refusal(Reason.NO_ENGINE, "the weight or the input is empty")
-    if isinstance(call, ConvCall):
-        return _bind_conv(x, weight, call)
-    return _bind_linear(x, weight)
+    bound = _bind_conv(x, weight, call) if isinstance(call, ConvCall) else _bind_linear(x, weight)
+    return (*offered(bound[0], weight), *bound) if inspect else bound
 
 
 def _bind_conv(x: Tensor, weight: Tensor, call: ConvCall) -> tuple[Kernel, ...]:
@@ -159,14 +163,23 @@ class TileConv:
         return pack(weight, self.geometry.groups, tf32=TileVariant.from_name(variant).tf32, inspect=inspect)
 
     def prescan(self, x: Tensor, variant: str) -> TileScan:
-        v = TileVariant.from_name(variant)
+        v, x = TileVariant.from_name(variant), self.image(x)
         return prescan_tiles(x, Tiling.of_side(self.geometry, v.side), v.block_k, gather=v.gather)
 
     def compute(self, x: Tensor, scan: TileScan, packed: Packed, bias: Tensor | None, variant: str) -> Tensor:
         v, out = TileVariant.from_name(variant), self.layout.empty(self.dtype, x.device)
         blocks = {"block_n": v.block_n, "block_k": v.block_k, "warps": v.warps, "stages": v.stages}
         tiling = Tiling.of_side(self.geometry, v.side)
-        return tile_gemm(x, scan, packed, as_bias(bias, self.dtype), out, tiling, **blocks)
+        tile_gemm(self.image(x), scan, packed, as_bias(bias, self.dtype), out, tiling, **blocks)
+        return self.result(out, x)
+
+    def image(self, x: Tensor) -> Tensor:
+        """The input as ``[N, C, *size]``."""
+        return x
+
+    def result(self, y: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """The output of the layer for input ``x`` from ``y [N, O, *size]``."""
+        return y
 
 
 class TileLinear(TileConv):
@@ -178,14 +191,9 @@ class TileLinear(TileConv):
         layout = Layout((1, out_features, rows), (rows * out_features, 1, out_features), True)
         super().__init__(geometry, layout, dtype, tf32=tf32)
 
-    def prescan(self, x: Tensor, variant: str) -> TileScan:
-        return super().prescan(self._as_image(x), variant)
-
-    def compute(self, x: Tensor, scan: TileScan, packed: Packed, bias: Tensor | None, variant: str) -> Tensor:
-        y = super().compute(self._as_image(x), scan, packed, bias, variant)
-        return y[0].t().reshape(*x.shape[:-1], self.geometry.out_channels)
-
-    @staticmethod
-    def _as_image(x: Tensor) -> Tensor:
+    def image(self, x: Tensor) -> Tensor:
         """``[..., K]`` as ``[1, K, rows]`` with the features innermost."""
         return x.reshape(-1, x.shape[-1]).t()[None]
+
+    def result(self, y: Tensor, x: Tensor) -> Tensor:
+        return y[0].t().reshape(*x.shape[:-1], self.geometry.out_channels)

@@ -14,7 +14,9 @@ from sparseflow.kernels.base import Call, ConvCall, LinearCall, Refusal
 from .backend import TileConv, bind_all
 from .blocks.catalogue import launches as block_launches
 from .launch import Launch, recording
-from .weights import Packed
+from .pruned import WIDTHS, PrunedKernel
+from .pruned_gemm import PackedBlocks
+from .weights import Packed, padded_outputs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -130,9 +132,10 @@ def layer_launches(layer: Layer, dtype: torch.dtype) -> list[Launch]:
         bound = bind_all(x, weight, layer.call)
         if isinstance(bound, Refusal):
             raise ValueError(f"{layer.name}: {bound.reason}. {bound.detail}")
-        for kernel in (*bound, *_under_tf32(bound)):
-            for variant in kernel.variants():
-                for packed in _packings(kernel.pack(weight, variant, inspect=False)):
+        full = (*bound, *_under_tf32(bound))
+        for kernel in (*full, *_for_pruned(full)):
+            for variant in _shipped(kernel):
+                for packed in _packings(kernel.pack(weight, variant, inspect=False), padded_outputs(weight.shape[0])):
                     kernel.compute(x, kernel.prescan(x, variant), packed, bias, variant)
     return records
 
@@ -144,10 +147,25 @@ def _under_tf32(kernels: tuple[Any, ...]) -> Iterator[TileConv]:
             yield TileConv(kernel.geometry, kernel.layout, kernel.dtype, tf32=True)
 
 
-def _packings(packed: Any) -> Iterator[Any]:
+def _for_pruned(kernels: tuple[Any, ...]) -> Iterator[PrunedKernel]:
+    """What is offered instead of convolutions by tiles where a weight has zero blocks."""
+    for kernel in kernels:
+        if isinstance(kernel, TileConv) and kernel.geometry.groups == 1:
+            yield PrunedKernel(kernel, dict.fromkeys(WIDTHS, 0.5))
+
+
+def _shipped(kernel: Any) -> tuple[str, ...]:
+    """Variants that the kernel offers; of one for pruned weights, for any pattern of zero blocks."""
+    return tuple(v.name for v in kernel.every_variant()) if isinstance(kernel, PrunedKernel) else kernel.variants()
+
+
+def _packings(packed: Any, outputs: int) -> Iterator[Any]:
     """A packed weight as it is when nobody looks at its values and, for float32, as it is when they allow two parts."""
     yield packed
     if isinstance(packed, Packed) and packed.parts.shape[0] == 3:
         shape = packed.parts.shape[1:]
         scale = torch.empty(shape[0], shape[-1], dtype=torch.float32, device="meta")
         yield Packed(torch.empty((2, *shape), dtype=torch.float16, device="meta"), scale)
+    if isinstance(packed, PackedBlocks) and packed.blocks.shape[0] == 3:
+        blocks = torch.empty((2, *packed.blocks.shape[1:]), dtype=torch.float16, device="meta")
+        yield packed._replace(blocks=blocks, scale=torch.empty(1, outputs, dtype=torch.float32, device="meta"))

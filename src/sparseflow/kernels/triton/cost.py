@@ -19,6 +19,8 @@ from sparseflow.kernels.geometry import ConvGeometry
 from .backend import TileConv, TileVariant
 from .depthwise import BlockVariant, DepthwiseConv
 from .events import EventConv, EventLinear, Walk
+from .pruned import PrunedKernel, PrunedVariant
+from .pruned_gemm import GROUP, blocks_of_program
 from .rows import chunk_channels, chunks_of
 from .tiles import Tiling
 from .weights import padded_outputs
@@ -26,6 +28,7 @@ from .weights import padded_outputs
 _SECTOR = 32  # bytes: the least that memory moves
 _COUNT = 4  # bytes of a count or of an entry of a tile's list
 _CHANNEL = 2  # bytes of an entry of a row's list
+_L1 = 128 << 10  # bytes of a multiprocessor's L1 cache that stay free beside the shared memory of its programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,10 @@ def predict(kernel: Kernel, variant: str, load: float, machine: Machine = H200) 
     """
     if isinstance(kernel, TileConv):
         return combined(tile_stages(kernel.geometry, TileVariant.from_name(variant), kernel.dtype, load), machine)
+    if isinstance(kernel, PrunedKernel):
+        pruned = PrunedVariant.from_name(variant)
+        share = kernel.shares[pruned.width]
+        return combined(pruned_stages(kernel.geometry, pruned, kernel.dtype, load, share), machine)
     if isinstance(kernel, EventConv | EventLinear):
         return combined(event_stages(kernel.geometry, Walk.from_name(variant), kernel.dtype, load), machine)
     if isinstance(kernel, DepthwiseConv):
@@ -172,6 +179,45 @@ def _padded_channels(geometry: ConvGeometry, variant: TileVariant, occupancy: fl
     mean = occupancy * geometry.group_channels
     filled = mean + min(1.0, mean) * variant.block_k / 2
     return min(filled, -(-geometry.group_channels // variant.block_k) * variant.block_k)
+
+
+def pruned_stages(
+    geometry: ConvGeometry, variant: PrunedVariant, dtype: torch.dtype, occupancy: float, share: float
+) -> tuple[Stage, Stage]:
+    """Occupancy of (tile, 16 channels), then the pairs of (tap, 16 channels) whose weights are present.
+
+    A program finds the halo again in its L1 cache, for all of its taps and blocks of outputs, where it fits; else every
+    pair reads it. Channels that no pair asks for are not read; pairs that fill up a last step are not counted.
+    A matrix instruction for 64 pixels reads them from shared memory at 128 bytes a cycle, so that one with ``width``
+    outputs takes as long as the arithmetic of ``32 + width / 2`` of them, if that is more.
+    """
+    g, tiling, size = geometry, Tiling.of_side(geometry, variant.side), dtype.itemsize
+    blocks = -(-g.out_channels // variant.width)
+    run = blocks_of_program(tiling, blocks)
+    programs = tiling.count * -(-blocks // run)
+    parts = 2 if dtype == torch.float32 and not variant.tf32 else 1
+    groups = -(-g.in_channels // GROUP)
+    pairs = tiling.count * blocks * groups * g.taps * occupancy * share
+    seen = occupancy * (1.0 - (1.0 - share) ** (run * g.taps))
+    halo = tiling.halo_pixels * g.in_channels * size
+    scanned = tiling.count * halo
+    read = programs * halo * seen if halo <= _L1 else pairs * GROUP * tiling.rows * size
+    block = GROUP * variant.width * parts * 2
+    weight = blocks * groups * g.taps * share * block
+    index = programs * run * groups * g.taps * share * _COUNT
+    work = pairs * _COUNT
+    bits = tiling.count * 4 * _COUNT
+    slots = max(variant.width, 32 + variant.width / 2)
+    return (
+        Stage("prescan", memory=_input(g) * size + bits, cache=scanned, programs=tiling.count),
+        Stage(
+            "compute",
+            memory=seen * _input(g) * size + bits + weight + _output_bytes(g, dtype),
+            cache=read + pairs * block + index + 2 * work + _output_bytes(g, dtype),
+            tensor=2.0 * pairs * GROUP * tiling.rows * slots * parts,
+            programs=programs,
+        ),
+    )
 
 
 def event_stages(geometry: ConvGeometry, walk: Walk, dtype: torch.dtype, density: float) -> tuple[Stage, ...]:

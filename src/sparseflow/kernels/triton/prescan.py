@@ -94,7 +94,12 @@ def _is_exact(x):
     """1 where a float32 has 8 significant bits or fewer and lies in the range of float16, else 0."""
     fits = (x == x.to(tl.float16).to(tl.float32)) & (x == x.to(tl.bfloat16).to(tl.float32))
     # An infinity fits, but its products with parts of different sign do not add up.
-    return (fits & (tl.abs(x) < float("inf"))).to(tl.int32)
+    return (fits & _is_finite(x)).to(tl.int32)
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit
@@ -144,6 +149,7 @@ def _prescan_tiles(
     PADDED: tl.constexpr,
     WORDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    FINITE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     PIXELS: tl.constexpr = HALO_D * HALO_H * HALO_W
@@ -177,6 +183,8 @@ def _prescan_tiles(
             counted += tl.sum(hit * owned.to(tl.int32)[:, None], axis=0)
             if x_ptr.dtype.element_ty == tl.float32:
                 exact = tl.minimum(exact, tl.min(tl.min(_is_exact(x), axis=1), axis=0))
+            elif FINITE:
+                exact = tl.minimum(exact, tl.min(tl.min(_is_finite(x.to(tl.float32)).to(tl.int32), axis=1), axis=0))
         nonzero += tl.sum(counted, axis=0)
         unit_hit = (tl.sum(tl.reshape(hits, (BLOCK // UNIT, UNIT)), axis=1) > 0).to(tl.int32)
         unit = block * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
@@ -217,7 +225,8 @@ class TileScan:
     Attributes:
         numel: elements of the input that were read.
         words: (tile, unit) pairs; a unit is a channel, or a group of them.
-        counts: int32 ``[3, tiles]``: active units, nonzero elements, and whether all values fit 8 significant bits.
+        counts: int32 ``[3, tiles]``: active units, nonzero elements, and whether all values fit 8 significant bits (in
+            16 bits always, or where they are finite if that was asked for).
         bits: int32 ``[tiles, words a tile]``: one bit a unit, 32 (or all of a block) a word.
         lists: int32 ``[tiles, units]``: the active units in ascending order.
         gathered: ``[tiles, halo pixels, channels]`` of which the first columns hold the active channels, or ``None``.
@@ -235,7 +244,7 @@ class TileScan:
         return self.counts[:2].sum(1, dtype=torch.int64).flip(0)
 
 
-def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> TileScan:
+def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool, finite: bool = False) -> TileScan:
     """Scan ``x [N, C, *size]`` (any strides) tile by tile.
 
     Args:
@@ -243,10 +252,11 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
         tiling: tiles of the convolution's output.
         block_k: channels that the second stage takes at once; in group mode (``gather=False``) the size of a group.
         gather: copy the active channels of every tile side by side (channel mode).
+        finite: in 16 bits, where every value fits otherwise, say of every tile whether all of its values are finite.
     """
     g = tiling.geometry
     unit, last = 1 if gather else block_k, x.stride(1) == 1
-    block = max(block_k, min(triton.next_power_of_2(g.group_channels), _CHANNELS))
+    block = _block(g, block_k)
     words = -(-block // unit // _WORD)
     scan = _unwritten(x, tiling, unit, block_k, -(-g.group_channels // block) * words)
     launch(
@@ -264,6 +274,7 @@ def prescan_tiles(x: Tensor, tiling: Tiling, block_k: int, *, gather: bool) -> T
             "PADDED": block_k,
             "WORDS": words,
             "CHANNELS_LAST": last,
+            "FINITE": finite,
             "WIDE": is_wide(x),
         },
         x_ptr=x,
@@ -296,6 +307,16 @@ def _unwritten(x: Tensor, tiling: Tiling, unit: int, block_k: int, words: int) -
 def capacity_of(geometry: ConvGeometry, block_k: int) -> int:
     """Channels that a tile has room for: whole blocks."""
     return -(-geometry.group_channels // block_k) * block_k
+
+
+def units_of_word(geometry: ConvGeometry, unit: int) -> int:
+    """Groups of ``unit`` channels in a word of a group-mode scan's bits."""
+    return min(_WORD, _block(geometry, unit) // unit)
+
+
+def _block(geometry: ConvGeometry, block_k: int) -> int:
+    """Channels that a program scans together."""
+    return max(block_k, min(triton.next_power_of_2(geometry.group_channels), _CHANNELS))
 
 
 def _rows(tiling: Tiling, most: int) -> int:

@@ -32,9 +32,10 @@ from sparseflow.modules.swap import runtimes, watched_by_others
 from sparseflow.plan import Reason
 
 from .block import BlockRun
+from .chain import Observer
 from .graphs import WARM_UP, CudaGraphs, Replayed, graphs_for
 from .guard import Guard, hooked, unsuited
-from .program import Observer, Program
+from .program import Program
 
 ATTRIBUTE = "_sparseflow_fusion"
 logger = logging.getLogger("sparseflow")
