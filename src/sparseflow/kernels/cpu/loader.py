@@ -81,7 +81,7 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_isa": (ctypes.c_char_p, []),
         "sf_prescan": (None, [pointer] * 5 + [integer]),
         "sf_conv": (integer, [pointer] * 8 + [integer, integer]),
-        "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
+        "sf_linear": (integer, [pointer] * 8 + [integer, integer]),
         "sf_block_conv": (integer, [pointer] * 7 + [integer]),
         "sf_block_dense": (integer, [pointer] * 2 + [integer]),
         "sf_unpack": (None, [pointer] * 2 + [size, size, pointer, integer]),
