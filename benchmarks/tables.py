@@ -17,7 +17,14 @@ import sys
 from benchmarks.gpu.summary import GOALS
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_FILES = ("README.md", "docs/benchmarks.md", "docs/cpu-kernels.md", "docs/gpu-kernels.md", "docs/gpu-benchmarks.md")
+_FILES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/block-sparse.md",
+    "docs/cpu-kernels.md",
+    "docs/gpu-kernels.md",
+    "docs/gpu-benchmarks.md",
+)
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
 
@@ -167,6 +174,50 @@ def _environment(results: str) -> str:
     return _table(["", "value"], [[name, str(env.get(name, ""))] for name in names])
 
 
+def _block_sparse(network: bool) -> list[dict]:
+    """Points of pruned networks or layers, one a case and spike density, with the speedup over every baseline."""
+    path = _ROOT / "benchmarks" / "results" / "block_sparse.json"
+    points = json.loads(path.read_text())["points"] if path.exists() else []
+    cases: dict[tuple, dict] = {}
+    for point in points:
+        if ("accuracy" in point["config"]) == network:
+            case = cases.setdefault((point["case"], point["rho"]), {**point, "over": {}})
+            both = point["baseline_value"] and point["value"]
+            case["over"][point["baseline"]] = f"{both[1] / point['value'][1]:.2f}x" if both else "red gate"
+    return list(cases.values())
+
+
+_BLOCK_BASELINES = ("compiled fp32, same pruned net", "level 2 of the unpruned net")
+
+
+def block_sparse() -> str:
+    """Networks pruned in blocks: accuracy on the way, and what skipping blocks brings."""
+    stages = {"accuracy": "before", "accuracy_pruned": "pruned", "accuracy_fine_tuned": "fine-tuned"}
+    head = [
+        "network",
+        *(f"accuracy {name}" for name in stages.values()),
+        *(f"over {name}" for name in _BLOCK_BASELINES),
+    ]
+    body = []
+    for case in _block_sparse(network=True):
+        accuracies = [f"{case['config'][key]:.1%}" for key in stages]
+        body.append([case["case"], *accuracies, *(case["over"].get(name, "") for name in _BLOCK_BASELINES)])
+    return _table(head, body or [["not measured yet", *[""] * (len(head) - 1)]])
+
+
+_BLOCK_LAYER_BASELINES = ("best dense fp32", "events, blocks not skipped")
+
+
+def block_sparse_layers() -> str:
+    """Single layers with zero blocks: speedup over dense and over event kernels that do not look at blocks."""
+    head = ["layer", "spike density", *(f"over {name}" for name in _BLOCK_LAYER_BASELINES)]
+    body = []
+    for case in _block_sparse(network=False):
+        over = [case["over"].get(name, "") for name in _BLOCK_LAYER_BASELINES]
+        body.append([case["case"], f"{case['rho']:.0%}", *over])
+    return _table(head, body or [["not measured yet", *[""] * (len(head) - 1)]])
+
+
 _OCCUPANCIES, _EVENT_DENSITIES = (0.0, 0.1, 0.34, 0.56, 1.0), (0.001, 0.01)
 
 
@@ -219,6 +270,8 @@ def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]
 
 
 TABLES = {
+    "block_sparse": block_sparse,
+    "block_sparse_layers": block_sparse_layers,
     "cpu_kernels": cpu_kernels,
     "end_to_end": end_to_end,
     "fused": fused,

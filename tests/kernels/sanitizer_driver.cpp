@@ -13,7 +13,8 @@ const char* sf_select(const char*);
 void sf_prescan(const SfScan*, const void*, uint64_t*, uint32_t*, int64_t*, int);
 int sf_conv(const SfConv*, const void*, const uint64_t*, const uint32_t*, const void*, const int32_t*, const void*, void*,
             int, int);
-int sf_linear(const SfLinear*, const void*, const uint64_t*, const uint32_t*, const void*, const void*, void*, int, int);
+int sf_linear(const SfLinear*, const void*, const uint64_t*, const uint32_t*, const void*, const int32_t*, const void*,
+              void*, int, int);
 void sf_pack(const void*, const int64_t*, const int64_t*, int64_t, int64_t, int, void*, int);
 void sf_poison_workspace(int);
 }
@@ -216,8 +217,8 @@ bool run_linear() {
   sf_pack(w.bytes.data(), size, stride, 1, p.block, p.type, packed.bytes.data(), threads);
   const Scanned scanned(SfScan{p.rows, p.in_features, 1, 1, p.type, 1}, x, threads);
   sf_poison_workspace(0xFF);
-  sf_linear(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), packed.bytes.data(), bias.bytes.data(),
-            out.bytes.data(), !scanned.counts[2], threads);
+  sf_linear(&p, x.bytes.data(), scanned.bits.data(), scanned.rows.data(), packed.bytes.data(), nullptr,
+            bias.bytes.data(), out.bytes.data(), !scanned.counts[2], threads);
   for (int64_t i = 0; i < p.rows * p.out_features; i++) {
     const int64_t r = i / p.out_features, o = i % p.out_features;
     double sum = bias.get(o), magnitude = 0;

@@ -43,6 +43,9 @@ def block_sparse(shape, share, block, seed, dtype):
     return weight * spread(drawn < share, weight.shape, block).to(dtype)
 
 
+ROWS = engine.Variant(Structure.BLOCK_ROWS, 1, 1)
+
+
 def walk(tile):
     return engine.Variant(Structure.BLOCKS, 16, 16, 0, tile)
 
@@ -119,11 +122,12 @@ def test_linear_stays_inside_the_error_budget(
     x = events((rows, features), density, values, seed, dtype)
     weight = block_sparse((outputs, features), share, block, seed, dtype)
     bias = randn(outputs, seed=seed + 1, dtype=dtype) if biased else None
-    packed, scan = engine.pack_blocks(weight), engine.prescan_linear(x)
-    poison_workspace()
-    out = torch.empty(rows, outputs, dtype=dtype)
-    y = engine.linear(x, scan, packed, bias, walk(tile), out)
-    assert excess(y, x, weight, bias, LinearCall()) <= 1.0
+    scan = engine.prescan_linear(x)
+    for variant in (walk(tile), ROWS):
+        packed = engine.pack_weight(weight, 1, variant)
+        poison_workspace()
+        y = engine.linear(x, scan, packed, bias, variant, torch.empty(rows, outputs, dtype=dtype))
+        assert excess(y, x, weight, bias, LinearCall()) <= 1.0, variant.name
 
 
 @needs_engine
@@ -149,16 +153,20 @@ def test_results_do_not_depend_on_tiles_or_threads(case, seed):
 
 @needs_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(33, 40, 3, 3), (64, 16), (16, 100, 5)], ids=str)
-def test_packed_blocks_match_their_weight_and_no_other(shape, dtype):
+@pytest.mark.parametrize(
+    ("shape", "variant"),
+    [((33, 40, 2, 3), walk(112)), ((64, 16), walk(112)), ((16, 100, 5), walk(7)), ((100, 70), ROWS)],
+    ids=str,
+)
+def test_packed_blocks_match_their_weight_and_no_other(shape, variant, dtype):
     weight = block_sparse(shape, 0.4, (16, 16), 3, dtype)
-    packed = engine.pack_blocks(weight)
-    assert packed.values.numel() < weight.numel()
-    assert engine.weights_match(weight, packed, 1, walk(112), 0)
+    packed = engine.pack_weight(weight, 1, variant)
+    assert packed.values.numel() == 256 * present_blocks(weight).sum()
+    assert all(engine.weights_match(weight, packed, 1, variant, offset) for offset in range(500))
     for place in ((0,) * len(shape), (-1,) * len(shape), (20 % shape[0], *[0] * (len(shape) - 1))):
         changed = weight.clone()
         changed[place] += 1.0
-        found = [engine.weights_match(changed, packed, 1, walk(112), offset) for offset in range(3000)]
+        found = [engine.weights_match(changed, packed, 1, variant, offset) for offset in range(3000)]
         assert not all(found), place
 
 
@@ -167,8 +175,9 @@ def test_a_zero_with_a_sign_is_a_zero():
     weight = torch.ones(32, 32)
     weight[:16] = -0.0
     assert present_share(weight) == 0.5
-    packed = engine.pack_blocks(weight)
-    assert all(engine.weights_match(weight, packed, 1, walk(112), offset) for offset in range(50))
+    for variant in (walk(112), ROWS):
+        packed = engine.pack_weight(weight, 1, variant)
+        assert all(engine.weights_match(weight, packed, 1, variant, offset) for offset in range(50))
 
 
 def geometry_of(w_shape, size, dilation=1):
@@ -187,7 +196,9 @@ def test_variants_are_offered_only_where_there_are_blocks_to_skip():
         assert engine.Variant.from_name(variant.name) == variant
     grouped = engine.ConvGeometry.from_call((1, 64, 8, 8), (64, 32, 3, 3), (1, 1), (1, 1), (1, 1), 2)
     assert schedule.conv_variants(grouped, torch.float32, 0.5) == schedule.conv_variants(grouped, torch.float32)
-    assert schedule.linear_variants(4, 64, 64, torch.float32, 0.5)[0].structure == Structure.BLOCKS
+    few, many = (schedule.linear_variants(rows, 64, 64, torch.float32, 0.5) for rows in (4, 64))
+    assert few[0] == ROWS
+    assert many[0].structure == Structure.BLOCKS
 
 
 def test_far_reaching_kernels_keep_to_what_an_entry_can_name():

@@ -152,8 +152,18 @@ class HostSite:
         return {
             "path": self.kernel.path if sparse else Path.DENSE,
             "reason": Reason.SPARSE_WINS if sparse else Reason.DENSE_WINS,
+            "detail": pruned_detail(self.kernel.weight_share, self.policy.crossover.variant) if sparse else "",
             "crossover": self.policy.crossover,
         }
+
+
+def pruned_detail(weight_share: float, variant: str) -> str:
+    """What a report says of a layer with zero weight blocks: how many are left, and the variant that won.
+
+    >>> pruned_detail(0.25, "blocks-b16-w16-s0-t112"), pruned_detail(1.0, "pixels-b32-w0-s0-t0")
+    ('25% of the weight blocks are left; blocks-b16-w16-s0-t112', '')
+    """
+    return f"{weight_share:.0%} of the weight blocks are left; {variant}" if weight_share < 1.0 else ""
 
 
 @dataclasses.dataclass(eq=False)

@@ -97,6 +97,7 @@ def test_pruning_an_accelerated_network_reaches_plans_and_layers():
     assert_twins(dense, ours, x, calls=3)
     assert any(name.startswith("blocks") for name in variants(ours))
     assert_alive(ours, x)
+    assert any("of the weight blocks are left; blocks" in layer.detail for layer in sparseflow.report(ours).layers)
 
 
 def test_weights_pruned_by_hand_are_noticed_by_fused_plans():

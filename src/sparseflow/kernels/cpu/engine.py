@@ -174,11 +174,11 @@ def _prescan(x: Tensor, cached: tuple[Any, int, int], channels_last: bool) -> Pr
 
 
 class BlockWeight(NamedTuple):
-    """The blocks of a weight that hold anything.
+    """The blocks of a weight that hold anything, as :func:`pack_blocks` or :func:`pack_block_rows` orders them.
 
-    ``values`` is ``[blocks, 16 inputs, 16 outputs]``. ``places`` (int32) has the place in ``values`` of every block
-    there could be, or -1; then for every 16 outputs where their blocks begin, and an end; then for every block in
-    ``values`` its ``input block << 16 | tap``.
+    Of the former, ``values`` is ``[blocks, 16 inputs, 16 outputs]``. ``places`` (int32) has the place in ``values`` of
+    every block there could be, or -1; then for every 16 outputs where their blocks begin, and an end; then for every
+    block in ``values`` its ``input block << 16 | tap``.
     """
 
     values: Tensor
@@ -195,9 +195,29 @@ Packed = Tensor | BlockWeight
 
 def pack_weight(weight: Tensor, groups: int, variant: Variant) -> Packed:
     """``weight [O, C / groups, *kernel]`` as the kernels of ``variant`` read it."""
+    if variant.structure == Structure.BLOCK_ROWS:
+        return pack_block_rows(weight)
     if variant.structure == Structure.BLOCKS:
         return pack_blocks(weight)
     return pack_conv_weight(weight, groups, variant)
+
+
+def pack_block_rows(weight: Tensor) -> BlockWeight:
+    """What is left of the rows of ``weight [O, C]`` without its zero blocks.
+
+    ``values`` is ``[16, blocks, 16 outputs]`` for every 16 inputs, one after the other, in one dimension. ``places``
+    has where their blocks begin, and an end; then for every block which 16 outputs it is of.
+
+    >>> weight = torch.zeros(32, 16)
+    >>> weight[20, 3] = 1.0
+    >>> pack_block_rows(weight).places.tolist()
+    [0, 1, 1]
+    """
+    present = present_blocks(weight, BLOCK)[..., 0]
+    blocks = in_blocks(weight, BLOCK)[..., 0].permute(2, 3, 0, 1)  # [inputs, 16, outputs, 16]
+    values = [block[:, kept].flatten() for block, kept in zip(blocks, present.t(), strict=True)]
+    starts = torch.nn.functional.pad(present.sum(0).cumsum(0), (1, 0))
+    return BlockWeight(torch.cat(values), torch.cat([starts, present.t().nonzero()[:, 1]]).int())
 
 
 def pack_blocks(weight: Tensor) -> BlockWeight:
@@ -296,9 +316,9 @@ def linear(
         return out
     outputs = out.shape[1]
     work = scan.nonzero * outputs + out.numel()
-    if variant.structure == Structure.ROWS and isinstance(packed, Tensor):
+    if variant.structure in (Structure.ROWS, Structure.BLOCK_ROWS):
         struct = _linear_struct(rows, features, outputs, variant, packed.dtype)
-        _compute(library().sf_linear, struct, scan, (packed.data_ptr(),), bias, out, work)
+        _compute(library().sf_linear, struct, scan, addresses(packed), bias, out, work)
     else:
         geometry = _linear_geometry(rows, features, outputs)
         fixed = resolve(variant, geometry, packed.dtype, scan.density)

@@ -81,7 +81,7 @@ def _open(path: Path) -> ctypes.CDLL | None:
         "sf_isa": (ctypes.c_char_p, []),
         "sf_prescan": (None, [pointer] * 5 + [integer]),
         "sf_conv": (integer, [pointer] * 8 + [integer, integer]),
-        "sf_linear": (integer, [pointer] * 7 + [integer, integer]),
+        "sf_linear": (integer, [pointer] * 8 + [integer, integer]),
         "sf_block_conv": (integer, [pointer] * 7 + [integer]),
         "sf_chain": (size, [pointer, size, integer, size]),
         "sf_watch": (None, [pointer, size]),

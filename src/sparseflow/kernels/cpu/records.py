@@ -105,6 +105,7 @@ class Structure:
     DEPTHWISE = "depthwise"
     ROWS = "rows"
     BLOCKS = "blocks"
+    BLOCK_ROWS = "blockrows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Variant:
 
     ``structure``: threads share the output ``pixels`` or the ``outputs`` (channels); ``depthwise``; or, for linear
     layers, whole weight ``rows`` are streamed; ``blocks``: of a weight with zero blocks only the others are kept, and
-    met with the events block by block. ``block``: output channels side by side in a packed row. ``width``:
+    met with the events block by block; ``blockrows``: for linear layers, what is left of whole rows is streamed.
+    ``block``: output channels side by side in a packed row. ``width``:
     output channels per walk over the events, 0 to choose by density at every call (then ``slab`` and ``tile`` are
     chosen too). ``slab``: (kernel row, 64-channel word) pairs per walk, 0 for all. ``tile``: output pixels per tile.
     """
@@ -136,7 +138,7 @@ class Variant:
     @classmethod
     def from_name(cls, name: str) -> Variant:
         """The variant called ``name``. Raises ``ValueError`` if it is no variant's name."""
-        match = re.fullmatch(r"(depthwise|pixels|outputs|rows|blocks)-b(\d+)-w(\d+)-s(\d+)-t(\d+)", name)
+        match = re.fullmatch(r"(depthwise|pixels|outputs|rows|blocks|blockrows)-b(\d+)-w(\d+)-s(\d+)-t(\d+)", name)
         if match is None:
             raise ValueError(f"not a kernel variant: {name!r}")
         block, width, slab, tile = (int(number) for number in match.groups()[1:])

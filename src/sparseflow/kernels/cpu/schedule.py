@@ -21,6 +21,7 @@ _SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of
 # pass are not much larger than a slab.
 _MIN_SLAB_EVENTS = 24
 _BLOCK_TILES = (112, 400)  # output pixels of a tile whose sums, of 16 channels, stay in L1
+_FEW_ROWS = 8  # of a linear layer's input: up to it, few of them share a weight row
 _SPARSE_SHARE = 0.5  # of weight blocks: up to it, skipping the others is the best guess
 _MAX_KEY = 1 << 15  # taps, and blocks of input channels, that an index can tell apart
 _MAX_PLACES = 1 << 14  # pixels that an entry can tell apart
@@ -92,8 +93,10 @@ def linear_variants(
     ``share``: of weight blocks that are not zero.
     """
     full = _full_linear_variants(rows, in_features, out_features, dtype)
-    skips = share < 1.0 and in_features < _MAX_KEY * BLOCK[1]
-    return with_blocks(full, tuple(map(_blocks, _BLOCK_TILES)) if skips else (), share)
+    if share >= 1.0 or in_features >= _MAX_KEY * BLOCK[1]:
+        return full
+    stream, tiled = Variant(Structure.BLOCK_ROWS, 1, 1), tuple(map(_blocks, _BLOCK_TILES))
+    return with_blocks(full, (stream, *tiled) if rows <= _FEW_ROWS else (*tiled, stream), share)
 
 
 def _full_linear_variants(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
@@ -101,7 +104,7 @@ def _full_linear_variants(rows: int, in_features: int, out_features: int, dtype:
     stream = Variant(Structure.ROWS, max(64, longest // 64 * 64), 1)
     shared = Variant(Structure.ROWS, min(512, stream.block), 1, 4)
     tiled = Variant(Structure.OUTPUTS, 64)
-    return (stream, shared, tiled) if rows <= 8 else (shared, stream, tiled)
+    return (stream, shared, tiled) if rows <= _FEW_ROWS else (shared, stream, tiled)
 
 
 def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, density: float) -> Variant:

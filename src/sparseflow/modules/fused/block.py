@@ -13,6 +13,7 @@ from sparseflow.dispatch.blocks import block_crossover, block_key
 from sparseflow.dispatch.crossovers import RuntimeConfig
 from sparseflow.dispatch.measure import wait_for
 from sparseflow.dispatch.policy import Policy
+from sparseflow.dispatch.sites import pruned_detail
 from sparseflow.dispatch.stats import LayerStats
 from sparseflow.frameworks import neuron_spec
 from sparseflow.graph.eligibility import layer_kind
@@ -44,6 +45,7 @@ class BlockRun:
         self.geometry = geometry_of(block, self.layer) if block.source.packed and self.layer is not None else None
         self.stats = LayerStats()
         self.policy: Policy | None = None
+        self._share = 1.0
         # A result that outlives the call, as a dense one may, cannot lie in the same memory at every call.
         self._can_prepare = hasattr(ops, "prepare") and (self.dynamics is not None or private)
         self.refresh()
@@ -84,7 +86,9 @@ class BlockRun:
         path, reason = (Path.FUSED, Reason.FUSED) if self.policy.sparse else (Path.DENSE, Reason.FUSED_DENSE)
         crossover = self.policy.crossover if self.policy.crossover.variant else None
         seen = self.stats.density
-        return dataclasses.replace(plan, path=path, reason=reason, density=seen, occupancy=None, crossover=crossover)
+        detail = pruned_detail(self._share, crossover.variant) if crossover and self.policy.sparse else plan.detail
+        found = dataclasses.replace(plan, path=path, reason=reason, density=seen, occupancy=None, crossover=crossover)
+        return dataclasses.replace(found, detail=detail)
 
     # ---- one call
 

@@ -119,11 +119,11 @@ struct SfKernels {
   void (*prescan[SF_TYPES])(const SfScan&, const void* x, uint64_t* bits, uint32_t* row_counts, int64_t* counts,
                             int threads);
   // Both return 0, or 1 if there was no memory for the workspace. `index` says which blocks of a block-sparse weight
-  // there are (blocksparse.h) and is null for a full one.
+  // there are (blocksparse.h; for `linear` blockrows.h) and is null for a full one.
   int (*conv[SF_TYPES])(const SfConv&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
                          const void* packed, const int32_t* index, const void* bias, void* out, int graded, int threads);
   int (*linear[SF_TYPES])(const SfLinear&, const void* x, const uint64_t* bits, const uint32_t* row_counts,
-                           const void* packed, const void* bias, void* out, int graded, int threads);
+                           const void* packed, const int32_t* index, const void* bias, void* out, int graded, int threads);
   // Float32. `counts` are the spikes' values where some are above 1, else null.
   int (*block_conv)(const SfConv&, const SfBlock&, const uint64_t* bits, const uint32_t* row_counts,
                     const uint8_t* counts, const float* packed, const int32_t* index, int threads);

@@ -127,6 +127,25 @@ struct BlockOrder {
   }
 };
 
+// The same for the rows of a linear layer, as blockrows.h reads them.
+struct BlockRowsOrder {
+  static constexpr int64_t kBlock = 16;
+  const int32_t *starts, *outputs;
+  int64_t channels, taps = 1;
+
+  BlockRowsOrder(const WeightView& w, const int32_t* index)
+      : starts(index), outputs(index + (w.size[1] + kBlock - 1) / kBlock + 1), channels(w.size[1]) {}
+
+  int64_t at(int64_t o, int64_t, int64_t c) const {
+    const int64_t first = starts[c / kBlock], blocks = starts[c / kBlock + 1] - first;
+    for (int64_t i = 0; i < blocks; i++) {
+      if (outputs[first + i] != o / kBlock) continue;
+      return first * kBlock * kBlock + (c % kBlock * blocks + i) * kBlock + o % kBlock;
+    }
+    return -1;
+  }
+};
+
 int64_t sum(const uint32_t* row_counts, int64_t rows) {
   int64_t total = 0;
   for (int64_t i = 0; i < rows; i++) total += row_counts[i];
@@ -223,8 +242,9 @@ SF_EXPORT int sf_conv(const SfConv* p, const void* x, const uint64_t* bits, cons
 }
 
 SF_EXPORT int sf_linear(const SfLinear* p, const void* x, const uint64_t* bits, const uint32_t* row_counts,
-                        const void* packed, const void* bias, void* out, int graded, int threads) {
-  return kernels->linear[p->type](*p, x, bits, row_counts, packed, bias, out, graded, threads);
+                        const void* packed, const int32_t* index, const void* bias, void* out, int graded,
+                        int threads) {
+  return kernels->linear[p->type](*p, x, bits, row_counts, packed, index, bias, out, graded, threads);
 }
 
 SF_EXPORT int sf_block_conv(const SfConv* p, const SfBlock* block, const uint64_t* bits, const uint32_t* row_counts,
@@ -300,10 +320,12 @@ SF_EXPORT void sf_pack(const void* weight, const int64_t* size, const int64_t* s
   pack(w, order, static_cast<uint64_t*>(packed), threads);
 }
 
-// 1 if `samples` stratified elements of the weight equal their packed copies. `index` is null for a full weight.
+// 1 if `samples` stratified elements of the weight equal their packed copies. `index` is null for a full weight; with one,
+// `block` is 1 for the rows of a linear layer.
 SF_EXPORT int sf_match(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
                        int type, const void* packed, const int32_t* index, int64_t offset, int64_t samples) {
   const WeightView w(weight, size, stride);
+  if (index != nullptr && block == 1) return match_of(type, w, BlockRowsOrder(w, index), packed, offset, samples);
   if (index != nullptr) return match_of(type, w, BlockOrder(w, index), packed, offset, samples);
   return match_of(type, w, PackedOrder(w, groups, block, type), packed, offset, samples);
 }

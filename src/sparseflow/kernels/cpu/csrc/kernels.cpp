@@ -2,6 +2,7 @@
 
 #include "abi.h"
 #include "block.h"
+#include "blockrows.h"
 #include "blocksparse.h"
 #include "conv.h"
 #include "depthwise.h"
@@ -72,7 +73,8 @@ void concat(int parts, const uint64_t* const* bits, const int64_t* channels, int
 
 template <class T>
 int linear(const SfLinear& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
-            const void* bias, void* out, int graded, int threads) {
+            const int32_t* index, const void* bias, void* out, int graded, int threads) {
+  if (index != nullptr) return BlockRows<T>(p, x, bits, packed, index, bias, out, graded != 0, threads).run();
   return Linear<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
 }
 
