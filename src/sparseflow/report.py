@@ -10,9 +10,10 @@ import dataclasses
 import html
 import json
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import offline
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -26,9 +27,9 @@ DENSE = "dense"
 UNKNOWN = "-"
 _DENSITY, _OCCUPANCY = "density", "occupancy"
 
-_SPARSE_COLOUR = "#0072b2"
-_DENSE_COLOUR = "#999999"
-_CROSSOVER_COLOUR = "#d55e00"
+_SPARSE_COLOUR = offline.OKABE_ITO["blue"]
+_DENSE_COLOUR = offline.GREY
+_CROSSOVER_COLOUR = offline.OKABE_ITO["vermillion"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,14 +354,10 @@ def _kind_table(result: ProfileResult) -> Table:
 
 
 def _report_html(report: Report) -> str:
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
-    source = resources.files("sparseflow").joinpath("report.html.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     figures = [_figure_html(figure) for figure in (_density_figure(report), _time_figure(report))]
     rows = [(layer, _figure_cells(layer), _path_with_calls(layer)) for layer in report.layers]
-    return template.render(report=report, rows=rows, figures=figures, plotly_js=get_plotlyjs())
+    template = offline.source("sparseflow", "report.html.j2")
+    return offline.render(template, report=report, rows=rows, figures=figures)
 
 
 def _figure_html(figure: go.Figure) -> str:
