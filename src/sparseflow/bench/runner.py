@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from .records import Absent, Crossover, Layer, Phase, Point, Results
 from .suites import Options, Row, load
 
 RESULTS, LOG = "results.json", "cases.log"
-Measure = Callable[[str, str, Options, Path], process.Outcome]
 _Record = TypeVar("_Record", Layer, Phase, Crossover)
 
 
@@ -29,8 +28,7 @@ class OtherRunError(SparseflowError):
 class Run:
     """One run of suites into a folder; ``results`` is what it has so far, with what an earlier run left there.
 
-    ``measure`` is how a case is run (:func:`sparseflow.bench.process.measure`); ``only`` a part of the names of the
-    cases to run.
+    ``only`` is a part of the names of the cases to run.
 
     Raises:
         OtherRunError: the folder holds results that these cannot be added to, and ``fresh`` is false.
@@ -44,10 +42,9 @@ class Run:
         fresh: bool = False,
         only: str = "",
         console: Console | None = None,
-        measure: Measure = process.measure,
     ):
-        self.out, self.options, self.only, self._measure = out, options, only, measure
-        self.console = console if console is not None else Console(stderr=True)
+        self.out, self.options, self.only = out, options, only
+        self.console = console if console is not None else summary.console()
         self.failed: list[str] = []
         torch.set_num_threads(options.threads)
         self.results = self._start(fresh)
@@ -81,12 +78,16 @@ class Run:
             for suite, case in cases:
                 if (suite, case) not in done:
                     progress.update(task, description=f"{suite}: {case}")
-                    self._take(suite, case, self._measure(suite, case, self.options, self.out / LOG))
+                    self._take(suite, case, self.measure(suite, case))
                 progress.advance(task)
         self.results.save(self.path)
         for suite in names:
             self.console.print(summary.table(suite, self.results))
         return not self.failed and all(point.gate.green for point in self.results.points)
+
+    def measure(self, suite: str, case: str) -> process.Outcome:
+        """Run a case, in a process of its own."""
+        return process.measure(suite, case, self.options, self.out / LOG)
 
     def _cases(self, suite: str) -> list[str]:
         try:

@@ -31,7 +31,7 @@ from .shapes import DENSITIES, SHAPES, Shape
 SUITE = "layers"
 WHAT = "inside the float64 error budget on two inputs"
 KERNELS = {"sparse": "sparse layers", "dispatched": "dense or sparse by density"}
-_QUICK = ("3x3 256@14", "linear 4096->4096, T*N 1")
+_QUICK = ("3x3 256@14", "1x1 1024->256@14")
 _QUICK_DENSITIES = (0.01, 0.1, 1.0)
 _FP32 = ("eager", "channels_last", "prepacked")
 

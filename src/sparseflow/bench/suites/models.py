@@ -42,7 +42,8 @@ def run(options: Options) -> Iterator[Case]:
 
 
 def _measured(make: Callable[[], Workload], options: Options) -> Iterable[Row]:
-    return measure(make(), options)
+    workload = make()
+    return measure(workload, options, levels(workload, ["level 2"] if options.quick else LEVELS))
 
 
 def _quick() -> Iterator[nets.Made]:
@@ -77,11 +78,9 @@ def _stand_ins() -> Iterator[nets.Made]:
         yield name, functools.partial(nets.stand_in, name, model, density, batch=1, side=64)
 
 
-def levels(workload: Workload) -> dict[str, nn.Module]:
+def levels(workload: Workload, names: Iterable[str] = LEVELS) -> dict[str, nn.Module]:
     """The accelerated networks by name."""
-    return {
-        name: sparseflow.accelerate(workload.build(), workload.inputs[0], fuse=fuse) for name, fuse in LEVELS.items()
-    }
+    return {name: sparseflow.accelerate(workload.build(), workload.inputs[0], fuse=LEVELS[name]) for name in names}
 
 
 def measure(

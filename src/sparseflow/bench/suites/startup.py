@@ -39,7 +39,7 @@ NETWORKS = (
     "snnTorch convnet @28, T = 25, batch 1",
     "spiking_resnet18 @64, batch 1",
 )
-COLD, WARM = "accelerate and first call, nothing cached", "accelerate and first call, crossovers cached"
+CACHES = ("accelerate and first call, nothing cached", "accelerate and first call, crossovers cached")
 FIRST = "first call after accelerate"
 _PROCESSES, _QUICK_PROCESSES = 5, 1
 _MAX_COMPILED = 2  # processes that compile, each for minutes
@@ -70,11 +70,8 @@ def measure(name: str, options: Options, processes: int) -> Iterator[Row]:
         dense["compiled fp32, first call"] = [_dense(name, "compiled", options) for _ in range(compiled)]
     runs = [row for _ in range(processes) for row in _accelerated(name, options)]
     gate, config = alone.gate([row["why"] for row in runs]), runs[0]["config"]
-    ours = {
-        COLD: [row["accelerate"] + row["call"] for row in runs[::2]],
-        WARM: [row["accelerate"] + row["call"] for row in runs[1::2]],
-        FIRST: [row["call"] for row in runs],
-    }
+    ours = {kernel: [row["accelerate"] + row["call"] for row in runs if row["cache"] == kernel] for kernel in CACHES}
+    ours = {kernel: times for kernel, times in ours.items() if times} | {FIRST: [row["call"] for row in runs]}
     for kernel, times in ours.items():
         for baseline, theirs in dense.items():
             value = quantiles(times) if gate.green else None
@@ -87,10 +84,11 @@ def _dense(name: str, variant: str, options: Options) -> float:
 
 
 def _accelerated(name: str, options: Options) -> Iterator[dict[str, Any]]:
-    """Twice: with an empty cache of crossovers, then with what that left."""
+    """With an empty cache of crossovers, then, unless quick, with what that left."""
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
-            yield _in_process(name, "accelerated", options, SPARSEFLOW_CACHE_DIR=folder)
+        for cache in CACHES[:1] if options.quick else CACHES:
+            found = _in_process(name, "accelerated", options, SPARSEFLOW_CACHE_DIR=folder)
+            yield found | {"cache": cache}
 
 
 def _in_process(name: str, variant: str, options: Options, **environment: str) -> dict[str, Any]:
