@@ -24,7 +24,7 @@ import sparseflow
 from sparseflow.bench.compare import quantiles
 from sparseflow.bench.records import Absent, Metric, Point, Scope
 
-from . import Case, Options, Row, alone, models, scaling
+from . import Case, Options, Row, alone, models, nets, scaling
 from .baselines import Call, Workload, baselines
 
 SUITE = "memory"
@@ -33,6 +33,7 @@ VARIANTS = (*DENSE, *models.LEVELS)
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
 _FORGET_PEAK = Path("/proc/self/clear_refs")
 _PROCESSES = 3
+_TINY = 16
 _QUICK = "feed-forward, width 512"
 
 
@@ -100,9 +101,11 @@ def memory_of(workload: Workload, variant: str) -> dict[str, Any]:
 
 
 def _load_libraries(workload: Workload) -> None:
-    """Call the dense network once and let it go: frameworks and libraries are loaded at first use."""
+    """Call the dense network and a tiny accelerated one, and let them go: what is loaded at first use is no network."""
+    tiny = nets.fully_connected(_TINY, recurrent=False, batch=1, steps=2, density=0.1)
     with torch.no_grad():
         Call(workload.build(), workload)()
+        Call(sparseflow.accelerate(tiny.build(), tiny.inputs[0]), tiny)()
     gc.collect()
 
 
