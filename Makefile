@@ -13,7 +13,7 @@ help:
 	@echo "make test    run the whole test suite (ARGS='-k name' narrows it)"
 	@echo "make check   formatting, lint, types, import rules and the test suite"
 	@echo "make train   train the demo's network again (CPU, about 15 minutes)"
-	@echo "make bench   time a synthetic network dense and accelerated"
+	@echo "make bench   run the benchmark suites; results in out/bench (ARGS=--quick ends within a minute)"
 	@echo "make gpu-bench   all GPU tests and measurements in one call, under nine minutes; results in out/gpu"
 	@echo "make clean   remove .venv, build products and out/"
 

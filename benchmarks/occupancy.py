@@ -22,12 +22,10 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
+from sparseflow.bench.suites import nets
 from sparseflow.env import environment
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.kernels.triton.tiles import Tiling
-
-from .end_to_end import TIME_STEPS, encode, load_checkpoint, load_split, stand_in_resnet18
-from .stand_ins import activity
 
 _SIDES = (16, 8, 4)
 _GROUP = 16
@@ -99,17 +97,18 @@ def shares(test: Inputs, calibration: Inputs, layers: dict[str, nn.Conv2d]) -> d
 
 def digits() -> dict[str, float]:
     """The trained net, calibrated on training images and judged on test images."""
-    net, (train, test) = load_checkpoint(), load_split()
-    seen, layers = spikes(net, encode(test.images[:_IMAGES], TIME_STEPS))
-    return shares(seen, spikes(net, encode(train.images[:_IMAGES], TIME_STEPS))[0], layers)
+    net = nets.from_checkout("digits.net").load_checkpoint()
+    train, test = nets.from_checkout("digits.data").load_split()
+    seen, layers = spikes(net, nets.encode(test.images[:_IMAGES]))
+    return shares(seen, spikes(net, nets.encode(train.images[:_IMAGES]))[0], layers)
 
 
 def stand_in(side: int) -> dict[str, float]:
     """SpikingJelly's spiking ResNet-18, calibrated on some images and judged on others."""
-    case = stand_in_resnet18(4, side)
-    net = case.build()
-    seen, layers = spikes(net, case.inputs[1])
-    return shares(seen, spikes(net, case.inputs[0])[0], layers)
+    workload = nets.stand_in("resnet18", nets.RESNET18, nets.LIF_DENSITY, 4, side)
+    net = workload.build()
+    seen, layers = spikes(net, workload.inputs[1])
+    return shares(seen, spikes(net, workload.inputs[0])[0], layers)
 
 
 def main() -> None:
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/occupancy.json"))
     options = parser.parse_args()
     rows = {"digits resnet18 @32, trained": digits()}
-    rows[f"spiking_resnet18 @160, {activity()}"] = stand_in(160)
+    rows[f"spiking_resnet18 @160, {nets.activity()}"] = stand_in(160)
     for name, row in rows.items():
         print(name, *(f"  {key}: {value:.3f}" for key, value in row.items()), sep="\n")
     options.out.write_text(json.dumps({"schema": 1, "environment": environment(), "rows": rows}, indent=1))

@@ -38,23 +38,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-_RUNS = ("eager", "eager channels_last", "compiled fp32", "compiled bf16", "sparseflow", "sparseflow compiled")
-
-
-def end_to_end() -> str:
-    """Whole models: median time of every run, and what acceleration gains over the same way to run dense."""
-    rows = _load("end_to_end.json")["rows"]
-    head = ["network, T = 4; ms a call", "activity", *_RUNS, "over eager", "over compiled fp32", "same class"]
-    body = []
-    for row in rows:
-        ms = {name: value[1] for name, value in row["ms"].items()}
-        eager = min(ms["eager"], ms["eager channels_last"]) / ms["sparseflow"]
-        compiled = f"{ms['compiled fp32'] / ms['sparseflow compiled']:.2f}x" if "compiled fp32" in ms else ""
-        cells = [f"{ms[name]:.1f}" if name in ms else "" for name in _RUNS]
-        body.append([row["case"], row["activity"], *cells, f"{eager:.2f}x", compiled, f"{row['agreement']:.1%}"])
-    return _table(head, body)
-
-
 _FUSED_RUNS = ("eager", "eager channels_last", "compiled fp32", "compiled bf16", "level 1", "level 2")
 
 
@@ -273,7 +256,6 @@ TABLES = {
     "block_sparse": block_sparse,
     "block_sparse_layers": block_sparse_layers,
     "cpu_kernels": cpu_kernels,
-    "end_to_end": end_to_end,
     "fused": fused,
     "fused_machine": fused_machine,
     "fused_flips": fused_flips,

@@ -1,8 +1,8 @@
 """A spiking ResNet-18 trained on what is installed anyway: scikit-learn's digits drawn on crops of bundled photographs.
 
 ``python -m benchmarks.train_resnet18`` makes the checkpoint, ``out/resnet18.pt``, which is too large for git; without
-it the benchmarks say so and use a stand-in (:mod:`benchmarks.stand_ins`). A frame has one digit in every 64 x 64
-pixels, all of one class, so that a net trained at 64 pixels sees the same kind of image at any resolution.
+it the suites use a stand-in (:mod:`sparseflow.bench.suites.nets`). A frame has a digit in every 64 x 64 pixels, all of
+one class, so that a net trained at 64 pixels sees the same kind of image at any resolution.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseflow
+from sparseflow.bench.suites import nets
 
 from .layers import STEPS
 from .records import Gate, ModelRow, RedGate, Row, Skipped
@@ -50,16 +51,12 @@ class Model:
     @property
     def density(self) -> float:
         """Share of its neurons that fire, as in trained networks of the kind."""
-        from benchmarks.stand_ins import IF_DENSITY, LIF_DENSITY
-
-        return IF_DENSITY if self.name.startswith("sew") else LIF_DENSITY
+        return nets.IF_DENSITY if self.name.startswith("sew") else nets.LIF_DENSITY
 
     @property
     def activity(self) -> str:
         """What its rows say of its weights."""
-        from benchmarks.stand_ins import activity
-
-        return activity(self.density)
+        return nets.activity(self.density)
 
     def build(self) -> nn.Module:
         """The network in multi-step mode, float32, on the CPU, with weights from a fixed seed."""
@@ -86,7 +83,7 @@ def smooth_images(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
 
 def stand_in(model: Model, shape: tuple[int, ...], device: torch.device) -> nn.Module:
     """The network, firing like a trained one on smooth images."""
-    from benchmarks.stand_ins import fire_like_trained
+    from sparseflow.bench.suites.stand_ins import fire_like_trained
 
     return fire_like_trained(model.build().to(device), smooth_images(shape, 100, device), model.density)
 

@@ -1,8 +1,9 @@
 """The command line: ``python -m sparseflow env | report | bench``.
 
 ``report`` and ``bench`` take ``FILE.py:function``: a function without arguments that returns
-``(model, example_input)``. Without one they use a synthetic network, and say so. Exit code 0 on success, 1 when the
-outputs of ``bench`` differ, 2 on an error (one line on the standard error output; ``--traceback`` shows its origin).
+``(model, example_input)``. Without one ``report`` uses a synthetic network, and says so, and ``bench`` runs its suites.
+Exit code 0 on success, 1 when the outputs of ``bench`` differ, when a gate is red or a case failed, 2 on an error (one
+line on the standard error output; ``--traceback`` shows its origin).
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from . import api
+from .bench import cli as suites
 from .bench import compare, gpus
 from .bench.synthetic import NOTE, synthetic_network
 from .env import environment
 from .errors import NothingAcceleratedWarning, SparseflowError
+
+_REPEATS = 30
 
 
 class SpecError(SparseflowError):
@@ -55,9 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     report = _add_command(commands, "report", _report, "accelerate a model and print what runs where, and why")
     _add_model_arguments(report)
     report.add_argument("--html", type=Path, metavar="PATH", help="also write a self-contained HTML page")
-    bench = _add_command(commands, "bench", _bench, "time a model dense and accelerated, in alternation")
-    _add_model_arguments(bench)
-    bench.add_argument("--repeats", type=_positive, default=30, help="alternations (default: %(default)s)")
+    summary = "time a model dense and accelerated, in alternation; without a model, run the benchmark suites"
+    bench = _add_command(commands, "bench", _bench, summary)
+    _add_model_arguments(bench, without="the suites are run", backend=None)
+    bench.add_argument("--repeats", type=_positive, help=f"alternations (default: {_REPEATS}; of suites 25, quick 3)")
+    suites.add_arguments(bench)
     return parser
 
 
@@ -69,15 +75,17 @@ def _add_command(commands: Any, name: str, run: Callable[..., int], summary: str
     return command
 
 
-def _add_model_arguments(command: argparse.ArgumentParser) -> None:
-    spec_help = "function that returns (model, example_input); without it a synthetic network is used"
+def _add_model_arguments(
+    command: argparse.ArgumentParser, without: str = "a synthetic network is used", backend: str | None = "auto"
+) -> None:
+    spec_help = f"function that returns (model, example_input); without it {without}"
     command.add_argument("spec", nargs="?", metavar="FILE.py:function", help=spec_help)
     command.add_argument("--threads", type=_positive, help="threads of PyTorch and of the native engine")
     device_help = (
         "cpu, cuda:N, or cuda for the idle GPU with the most free memory; default: where the model is, and the "
     )
     command.add_argument("--device", help=device_help + "idle GPU, if any, for the synthetic network")
-    command.add_argument("--backend", default="auto", help="auto, cpu, torch or triton (default: %(default)s)")
+    command.add_argument("--backend", default=backend, help="auto, cpu, torch or triton (default: auto)")
 
 
 def _positive(text: str) -> int:
@@ -102,8 +110,11 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    suites.check(args)
+    if args.spec is None:
+        return suites.run(args)
     model, example = _accelerated(args)
-    result = compare(model, example, repeats=args.repeats)
+    result = compare(model, example, repeats=args.repeats or _REPEATS)
     record = {"result": result.to_dict(), "environment": environment()}
     print(json.dumps(record, indent=1) if args.json else f"{api.report(model).summary}\n{result}")
     return 0 if result.matches else 1
@@ -123,7 +134,7 @@ def _accelerated(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     with warnings.catch_warnings():
         # The summary, which both commands print, says the same.
         warnings.simplefilter("ignore", NothingAcceleratedWarning)
-        return api.accelerate(model, example, backend=args.backend), example
+        return api.accelerate(model, example, backend=args.backend or "auto"), example
 
 
 def _device(args: argparse.Namespace) -> torch.device | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def alternate(
-    runs: dict[str, Callable[[], object]], repeats: int, setup: Callable[[], object] = lambda: None
+    runs: Mapping[str, Callable[[], object]], repeats: int, setup: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
     """Wall times in ms of each run, taken in turn so that a drift of the machine hits all alike.
 

@@ -17,7 +17,7 @@ from spikingjelly.activation_based.model import ms_resnet, sew_resnet, spikforme
 from torch import nn
 
 import sparseflow
-from benchmarks.stand_ins import fire_like_trained
+from sparseflow.bench.suites.stand_ins import fire_like_trained
 from tests.graph import zoo
 
 from .nets import assert_equal, assert_twins, features, images, is_fused, on_grid, outputs, program

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import sparseflow
 from sparseflow.frameworks import neuron_spec
 
-from .baselines import Case, in_dtype
+from .baselines import Workload, in_dtype
 from .watch import Layers, Seen, magnitudes, neurons, see
 
 _NEURON_ROUNDINGS = 8  # operations between a sum and the comparison with the threshold
@@ -85,9 +85,9 @@ class Budget:
         return torch.stack([outside.flatten(1).any(1) for outside in errors.values()]).any(0)
 
 
-def budget_of(case: Case, oracle: nn.Module, x: Tensor, dense: Seen, exact: Seen) -> Budget:
+def budget_of(workload: Workload, oracle: nn.Module, x: Tensor, dense: Seen, exact: Seen) -> Budget:
     """Of one input: from the dense network's errors in the images without a flip, and the magnitudes of all terms."""
-    sums, answer = magnitudes(case, oracle, x, exact.spikes)
+    sums, answer = magnitudes(workload, oracle, x, exact.spikes)
     share = (math.sqrt(_largest_sum(oracle)) + 1) * _EPS / 2
     found, clean = {}, torch.ones(len(answer), dtype=torch.bool)
     for name, _, clean in first_flips(dense.spikes, exact.spikes):
@@ -126,22 +126,22 @@ def decade(distance: float) -> int:
 class Judge:
     """Compares networks with the oracle, input by input."""
 
-    def __init__(self, case: Case):
-        self.case = case
-        self.dense, self.oracle = case.build(), in_dtype(case.build(), torch.float64)
+    def __init__(self, workload: Workload):
+        self.workload = workload
+        self.dense, self.oracle = workload.build(), in_dtype(workload.build(), torch.float64)
         self.thresholds = {name: threshold(module) for name, module in neurons(self.oracle).items()}
         self.tallies: dict[str, Tally] = collections.defaultdict(Tally)
         self.nonzero: collections.Counter[str] = collections.Counter()
 
     def compare(self, nets: dict[str, nn.Module], x: Tensor) -> None:
         """Count one input of the dense network and of every other."""
-        exact = see(self.case, self.oracle, x.double(), potentials=True)
-        dense = see(self.case, self.dense, x, potentials=True)
-        budget = budget_of(self.case, self.oracle, x.double(), dense, exact)
+        exact = see(self.workload, self.oracle, x.double(), potentials=True)
+        dense = see(self.workload, self.dense, x, potentials=True)
+        budget = budget_of(self.workload, self.oracle, x.double(), dense, exact)
         self.nonzero.update({name: int(spikes.sum()) for name, spikes in dense.spikes.items()})
         self._count("dense", dense, dense, exact, budget)
         for name, net in nets.items():
-            seen = see(self.case, net, x)
+            seen = see(self.workload, net, x)
             spikes = {layer: seen.spikes[layer].reshape(theirs.shape) for layer, theirs in exact.spikes.items()}
             self._count(name, dataclasses.replace(seen, spikes=spikes), dense, exact, budget)
 
@@ -172,12 +172,12 @@ class Judge:
         """Check every sparse layer of the networks on its own input against float64."""
         for name, net in nets.items():
             tally = self.tallies[name]
-            self.case.reset(net)
-            try:
-                with sparseflow.verify(net) as watch:
+            self.workload.reset(net)
+            with sparseflow.verify(net) as watch:
+                try:
                     net(x)
-            except sparseflow.MismatchError as error:
-                tally.failure = str(error)
+                except sparseflow.MismatchError as error:
+                    tally.failure = str(error)
             tally.checked_layers += watch.checked
             tally.worst_layer_in_budgets = max(tally.worst_layer_in_budgets, watch.worst)
 
@@ -201,12 +201,12 @@ def reasons(ours: Tally, dense: Tally) -> list[str]:
     return [text for text, red in checks.items() if red]
 
 
-def judged(case: Case, nets: dict[str, nn.Module]) -> Judge:
-    """Run every input of the case through the oracle, the dense network and ``nets``."""
-    judge = Judge(case)
+def judged(workload: Workload, nets: dict[str, nn.Module]) -> Judge:
+    """Run every input of the workload through the oracle, the dense network and ``nets``."""
+    judge = Judge(workload)
     with torch.no_grad():
-        judge.teacher_forced(nets, case.inputs[0])
-        for x in case.inputs:
+        judge.teacher_forced(nets, workload.inputs[0])
+        for x in workload.inputs:
             judge.compare(nets, x)
     return judge
 

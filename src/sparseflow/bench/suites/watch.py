@@ -25,7 +25,7 @@ from sparseflow.kernels.blocks.spikes import unpack
 from sparseflow.modules.fused.block import BlockRun
 from sparseflow.modules.fused.model import fusion_of
 
-from .baselines import Case
+from .baselines import Workload
 
 Layers = dict[str, Tensor]
 
@@ -72,13 +72,17 @@ def watching(net: nn.Module) -> Iterator[tuple[dict[str, list[Any]], dict[str, l
 
 @contextlib.contextmanager
 def watching_blocks(net: nn.Module) -> Iterator[Layers]:
-    """Spikes ``[T, N, ...]`` of the neurons in fused blocks, as the kernels hand them on."""
+    """Spikes ``[T, N, ...]`` of the neurons in fused blocks, as the kernels hand them on; filled at the end.
+
+    A recurrent neuron has a block for every step. Planning runs the blocks as well, and what counts is the last run.
+    """
     spikes: Layers = {}
+    found: dict[BlockRun, Tensor] = {}
 
     def record(block: BlockRun, _source: Any, _residual: Any, _before: Any, result: Any) -> None:
         if block.block.neuron is not None:
             sizes = result.shape[len(result.lead) :]
-            spikes[block.block.neuron] = unpack(result).reshape(block.block.steps, -1, *sizes) != 0
+            found[block] = unpack(result).reshape(block.block.steps, -1, *sizes) != 0
 
     fusion = fusion_of(net)
     observers = [] if fusion is None else fusion.observers
@@ -87,17 +91,24 @@ def watching_blocks(net: nn.Module) -> Iterator[Layers]:
         yield spikes
     finally:
         observers.remove(record)
+    planned = None if fusion is None or fusion.why is not None else fusion.last
+    blocks = [] if planned is None or planned.program is None else planned.program.blocks
+    parts: dict[str, list[Tensor]] = collections.defaultdict(list)
+    for block in blocks:
+        if block in found and block.block.neuron is not None:
+            parts[block.block.neuron].append(found[block])
+    spikes.update({name: torch.cat(steps) for name, steps in parts.items()})
 
 
-def see(case: Case, net: nn.Module, x: Tensor, *, potentials: bool = False) -> Seen:
+def see(workload: Workload, net: nn.Module, x: Tensor, *, potentials: bool = False) -> Seen:
     """Run ``net`` on ``x``, and again with hooks on its neurons unless fused blocks have shown them all."""
-    case.reset(net)
+    workload.reset(net)
     with watching_blocks(net) as spikes:
-        readout = case.readout(net(x)).double()
+        readout = workload.readout(net(x)).double()
     ends = {name: _membrane(module) for name, module in neurons(net).items()}
     if spikes.keys() == ends.keys():
         return Seen(readout, ends, spikes, {}, "fused blocks")
-    case.reset(net)
+    workload.reset(net)
     with watching(net) as (inputs, outputs):
         net(x)
     spikes = {name: _over_time([_spikes(call) for call in calls]) != 0 for name, calls in outputs.items()}
@@ -143,7 +154,7 @@ def _single_step(module: nn.Module) -> Any:
     return node
 
 
-def magnitudes(case: Case, net: nn.Module, x: Tensor, spikes: Layers) -> tuple[Layers, Tensor]:
+def magnitudes(workload: Workload, net: nn.Module, x: Tensor, spikes: Layers) -> tuple[Layers, Tensor]:
     """Sums of the magnitudes of all terms of every neuron's input ``[T, N, ...]``, and of the readout ``[N, C]``.
 
     They are what a copy of ``net`` computes whose weights are positive, every layer fed with ``spikes``.
@@ -151,9 +162,9 @@ def magnitudes(case: Case, net: nn.Module, x: Tensor, spikes: Layers) -> tuple[L
     twin = copy.deepcopy(net)
     for module in twin.modules():
         _make_positive(module)
-    case.reset(twin)
+    workload.reset(twin)
     with _fed_with(twin, spikes) as inputs:
-        readout = case.readout(twin(x.abs()))
+        readout = workload.readout(twin(x.abs()))
     return {name: _over_time(calls) for name, calls in inputs.items()}, readout
 
 
