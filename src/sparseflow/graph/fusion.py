@@ -1,9 +1,10 @@
 """From a traced graph to fused blocks: which nodes become one kernel, and which values stay packed between them.
 
 Three passes over the graph. First, which values can be packed: what described neurons emit, and what pooling, views,
-sums, products and concatenations make of it. Then every neuron claims what feeds it: the residual addition, the batch
-norm, and the layer whose input is packed; layers that no neuron claims take their batch norm and addition with them.
-Last, everything is put in order, and one unpack stands where something else looks at a packed value.
+sums, products and concatenations make of it. Then every neuron claims what feeds it: a max pooling, the residual
+addition, the batch norm, and the layer whose input is packed; layers that no neuron claims take their batch norm and
+addition with them. Last, everything is put in order, and one unpack stands where something else looks at a packed
+value.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import fx, nn
 from sparseflow.frameworks import is_unknown_neuron, neuron_spec, spikingjelly, steps_over_time, stores_sequence
 from sparseflow.graph.eligibility import layer_kind, refuse
 from sparseflow.graph.pooling import Window, window_of
-from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Layout, Operand, Pool, Step, Unpack
+from sparseflow.graph.steps import Block, Combine, Eager, FusedGraph, Layout, Operand, Pool, Step, Unpack, Windows
 from sparseflow.graph.timeops import neuron_sequence
 from sparseflow.graph.values import (
     ExampleValues,
@@ -327,11 +328,7 @@ class _Fuser:
         layout = self.packed[node].packed
         assert name is not None
         assert layout is not None
-        chain = _Chain(self, layout)
-        current = chain.behind(self.neuron_input(node))
-        current = chain.take_addition(current)
-        current = chain.take_norm(current)
-        current = chain.take_layer(current)
+        chain, current = self._chain_behind(self.neuron_input(node), layout)
         self._keep(
             Block(
                 node,
@@ -345,8 +342,17 @@ class _Fuser:
                 self._states(node),
                 self._membrane_of(node, name),
                 self.over_time(node),
+                chain.pool,
             )
         )
+
+    def _chain_behind(self, current: fx.Node, layout: Layout) -> tuple[_Chain, fx.Node]:
+        """What a neuron's kernel can compute of the neuron's input, and the node where it begins."""
+        pooling, plain = _Chain(self, layout), _Chain(self, layout)
+        first = pooling.take_layer(pooling.take_norm(pooling.take_addition(pooling.take_pool(pooling.behind(current)))))
+        if pooling.pool is None or pooling.layer is not None:
+            return pooling, first
+        return plain, plain.take_layer(plain.take_norm(plain.take_addition(plain.behind(current))))
 
     def _membrane_of(self, node: fx.Node, name: str) -> fx.Node | None:
         if node in self.values:
@@ -466,6 +472,7 @@ class _Chain:
         self.layer: str | None = None
         self.norm: str | None = None
         self.residual: Operand | None = None
+        self.pool: Windows | None = None
 
     def behind(self, node: fx.Node) -> fx.Node:
         """``node`` or what it is a view of, as long as nobody else looks and channels and pixels stay what they are."""
@@ -473,6 +480,22 @@ class _Chain:
             self.nodes = (node, *self.nodes)
             node = node.args[0]  # type: ignore[assignment]
         return node
+
+    def take_pool(self, node: fx.Node) -> fx.Node:
+        """Claim a max pooling of sums over windows side by side; what is behind it has larger maps."""
+        sums, size = node.args[0] if node.args else None, self._layout.size
+        if not (
+            self._mine(node) and isinstance(sums, fx.Node) and sums in self._fuser.values and self._same_pixels(node)
+        ):
+            return node
+        shape, rank = self._fuser.shape(sums), len(size)
+        layout = Layout(shape[: len(shape) - 1 - rank], self._layout.channels, shape[len(shape) - rank :])
+        window = window_of(node, self._fuser.module(node), layout)
+        if window is None or window.average or not window.side_by_side or layout.shape != shape or not layout.lead:
+            return node
+        self.nodes = (node, *self.nodes)
+        self._layout, self.pool = layout, Windows(layout.pixels, window.kernel)
+        return self.behind(sums)
 
     def take_addition(self, node: fx.Node) -> fx.Node:
         """Claim ``node`` if it adds something to what is normalised or computed by a layer."""

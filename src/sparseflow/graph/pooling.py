@@ -1,4 +1,4 @@
-"""Pooling layers of a graph that can run on packed spikes."""
+"""Pooling layers of a graph that can run on packed spikes, or between the sums of a layer and its neuron."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ class Window:
     dilation: Triple = (1, 1, 1)
     include_pad: bool = True
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether every pixel belongs to at most one window, and all windows lie inside the map."""
+        return self.kernel == self.stride and self.padding == (0, 0, 0) and self.dilation == (1, 1, 1)
+
 
 def window_of(node: fx.Node, module: nn.Module | None, source: Layout) -> Window | None:
     """The pooling that ``node`` does on a value of layout ``source``; ``None`` where packed spikes cannot do it."""
@@ -86,19 +91,27 @@ def _is_plain(value: Any) -> bool:
 def _window(kind: str, rank: int, a: dict[str, Any], source: Layout) -> Window | None:
     if kind == "adaptive":
         return _adaptive(rank, a["output_size"], source)
-    if a.get("ceil_mode") or a.get("return_indices") or a.get("divisor_override") is not None:
+    if a.get("return_indices") or a.get("divisor_override") is not None:
         return None
     kernel = _triple(a["kernel_size"], rank, 1)
     stride = _triple(a.get("stride") or a["kernel_size"], rank, 1)
     padding = _triple(a.get("padding", 0), rank, 0)
+    dilation = _triple(a.get("dilation", 1), rank, 1)
+    if a.get("ceil_mode") and not _divides(source.pixels, kernel, stride, padding, dilation):
+        return None
     if kind == "max":
         if source.most > 1:
             return None
-        dilation = _triple(a.get("dilation", 1), rank, 1)
         # A dilated window may lie in the padding altogether, where the maximum is minus infinity.
         beside = any(p and d > 1 for p, d in zip(padding, dilation, strict=True))
         return None if beside else Window(False, rank, kernel, stride, padding, dilation)
     return Window(True, rank, kernel, stride, padding, include_pad=a.get("count_include_pad", True))
+
+
+def _divides(size: Triple, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple) -> bool:
+    """Whether windows end where the padded map does: ceil mode is floor mode then."""
+    sizes = zip(size, kernel, stride, padding, dilation, strict=True)
+    return all((extent + 2 * p - d * (k - 1) - 1) % s == 0 for extent, k, s, p, d in sizes)
 
 
 def _adaptive(rank: int, output_size: Any, source: Layout) -> Window | None:

@@ -86,9 +86,17 @@ class Eager(Step):
         return False
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Max pooling of maps of ``size`` over windows that lie side by side, both (D, H, W); floor mode."""
+
+    size: Triple
+    window: Triple
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block(Step):
-    """``layer -> norm -> + residual -> neuron``, of which any part but the source may be missing.
+    """``layer -> norm -> + residual -> max pooling -> neuron``, of which any part but the source may be missing.
 
     Attributes:
         source: packed spikes (then ``layer`` runs on events or on what they unpack to) or a dense tensor.
@@ -98,6 +106,7 @@ class Block(Step):
         states: initial states that the graph passes to the neuron; else they are the module's own.
         membrane: the node that wants the membrane of every step, if any.
         over_time: whether the first of the leading sizes is T; else the neuron does one step.
+        pool: in front of the neuron; only behind a layer.
     """
 
     source: Operand
@@ -109,6 +118,7 @@ class Block(Step):
     states: tuple[fx.Node, ...] = ()
     membrane: fx.Node | None = None
     over_time: bool = True
+    pool: Windows | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -123,6 +133,11 @@ class Block(Step):
     def steps(self) -> int:
         """T of a block with a neuron."""
         return self.layout.lead[0] if self.neuron is not None and self.over_time else 1
+
+    @property
+    def map_size(self) -> Triple:
+        """Spatial sizes of the layer's sums: those of the result, unless they are pooled."""
+        return self.layout.pixels if self.pool is None else self.pool.size
 
     @property
     def state_lead(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sparseflow.kernels.base import ConvCall
 from sparseflow.kernels.blocks import reference
 from sparseflow.kernels.blocks.buffers import BufferPool
-from sparseflow.kernels.blocks.records import Dynamics, Epilogue, State
+from sparseflow.kernels.blocks.records import Dynamics, Epilogue, State, pooled_size
 from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_last, pack, spatial, unpack
 from sparseflow.kernels.cpu import engine, loader
 from sparseflow.kernels.geometry import ConvGeometry
@@ -340,6 +340,58 @@ def test_extreme_membranes(charge, reset, timing):
 
 
 @st.composite
+def windows(draw, size):
+    """Windows (D, H, W) of a pooling in front of the neuron that fit into maps of ``size``."""
+    return tuple(draw(st.integers(1, min(3, extent))) for extent in size)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    data=st.data(), lead=LEADS, channels=CHANNELS, size=SIZES, odd=st.booleans(), invariant=st.booleans(), seed=SEEDS
+)
+def test_neuron_behind_pooling(data, lead, channels, size, odd, invariant, seed):
+    (steps, batch), maps = lead, spatial(tuple(size))
+    window = data.draw(windows(maps))
+    epilogue = dataclasses.replace(data.draw(epilogues(lead, channels, size)), window=window)
+    neuron, left = data.draw(neurons(channels)), pooled_size(maps, window)
+    shape = (batch, torch.Size(left).numel(), channels)
+    state = data.draw(states(neuron, shape, steps))
+    currents = (batch if invariant else steps * batch, torch.Size(size).numel(), channels)
+    x = 2 * torch.randn(currents, generator=generator(seed)) if odd else grid(currents, seed, 0.25, 3.0)
+    wanted = copied(state)
+    affine = reference.affine(x.repeat(steps, 1, 1) if invariant else x, epilogue)
+    dense = reference.run_neuron(reference.pooled(affine, maps, window), neuron, wanted, steps)
+    expected = reference.packed_like(dense, left, len(size))
+    found = ops().neuron(x.clone(), maps, len(size), epilogue, neuron, state, steps)
+    assert_spikes(found, expected)
+    assert_states(state, wanted)
+
+
+@pytest.mark.parametrize("channels", [5, 12, 16, 30, 37])
+def test_maxima_of_what_is_no_number(channels):
+    """NaN wins, infinities are numbers, and of zeros the first of a window stays, sign and all."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan")])
+    picked = values[torch.randint(0, len(values), (3 * 2, 7 * 5, channels), generator=generator(channels))]
+    rare = torch.rand(picked.shape, generator=generator(1)) < 0.2
+    currents = torch.where(picked.isnan() & ~rare, torch.tensor(0.5), picked)
+    for window in ((1, 2, 2), (1, 3, 1), (1, 3, 3), (1, 1, 2)):
+        x = reference.pooled(currents, (1, 7, 5), window)
+        pixels = x.shape[1]
+        # Without charge and reset the membrane after the first step is the input, plus a zero that keeps its sign.
+        neuron = Dynamics(Charge.DECAY, ">", Reset.NONE, ResetTiming.NEXT_STEP, 0.0, 0.5, decay=0.0)
+        state, wanted = (State(torch.empty(2, pixels, channels), start=-1.0) for _ in range(2))
+        state.v_seq, wanted.v_seq = (torch.empty(3, 2, pixels, channels) for _ in range(2))
+        dense = reference.run_neuron(x, neuron, wanted, 3)
+        expected = reference.packed_like(dense, pooled_size((1, 7, 5), window), 2)
+        found = ops().neuron(currents.clone(), (1, 7, 5), 2, Epilogue(window=window), neuron, state, 3)
+        assert_spikes(found, expected)
+        first, signs = x[:2].nan_to_num(7.0), x[:2].signbit() & ~x[:2].isnan()
+        assert torch.equal(state.v_seq[0].nan_to_num(7.0), first)
+        assert torch.equal(state.v_seq[0].signbit() & ~x[:2].isnan(), signs)
+        assert torch.equal(state.v_seq.nan_to_num(7.0), wanted.v_seq.nan_to_num(7.0))
+
+
+@st.composite
 def layers(draw):
     """x shape ``[T, N, C, *size]``, weight shape and the call's arguments, with at least one output pixel."""
     steps, batch = draw(LEADS)
@@ -421,6 +473,27 @@ def test_conv(data, layer, density, share, most, seed):
         else:
             assert_spikes(found, expected)
             assert_states(own, wanted)
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data(), layer=layers(), density=DENSITIES, most=MOSTS, seed=SEEDS)
+def test_conv_pooling_neuron(data, layer, density, most, seed):
+    geometry, (steps, batch, *_) = geometry_of(layer), layer[0]
+    x, weight = packed(layer[0], density, most, seed), grid(layer[1], seed)
+    size, window = geometry.out_size[3 - x.dims :], data.draw(windows(geometry.out_size))
+    epilogue = data.draw(epilogues((steps, batch), geometry.out_channels, size))
+    epilogue = dataclasses.replace(epilogue, window=window)
+    neuron = data.draw(neurons(geometry.out_channels))
+    pixels = torch.Size(pooled_size(geometry.out_size, window)).numel()
+    state = data.draw(states(neuron, (batch, pixels, geometry.out_channels), steps))
+    wanted = copied(state)
+    expected = reference.conv(x, five_dims(weight), geometry, epilogue, neuron, wanted, steps)
+    for variant in ops().variants(geometry, steps):
+        own = copied(state)
+        weights = ops().pack_weight(weight, geometry, variant)
+        found = ops().conv(x, weights, geometry, variant, epilogue, neuron, own, steps)
+        assert_spikes(found, expected)
+        assert_states(own, wanted)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer
@@ -14,7 +16,22 @@ from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.modules.fused.model import fused_blocks, fusion_of
 from sparseflow.modules.swap import runtimes
 
-from .nets import Net, assert_alive, assert_twins, conv, images, leaky, lif, linear, norm, on_grid, twins
+from .nets import (
+    Net,
+    assert_alive,
+    assert_twins,
+    conv,
+    images,
+    leaky,
+    lif,
+    linear,
+    norm,
+    on_grid,
+    program,
+    spikes,
+    stem,
+    twins,
+)
 
 pytestmark = pytest.mark.skipif(not engine.available(), reason="no native engine on this machine")
 
@@ -137,3 +154,23 @@ def test_a_layer_measures_again_after_pruning():
     again = {name: runtime.describe().crossover.key for name, runtime in runtimes(net).items()}
     assert "blocks0.25" in again["2"]
     assert again["4"] == keys["4"]
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_pool_between_a_pruned_layer_and_its_neuron(window):
+    def run(m, x):
+        return m.n1(m.pool(m.c1(spikes(m, x))))
+
+    parts = {"c1": conv(32, 32), "pool": layer.MaxPool2d(window, step_mode="m"), "n1": lif()}
+    made = on_grid(Net(run, **stem(32), **parts))
+    sparseflow.prune_blocks(made, density=0.25, include="c1")
+    dense, ours = twins(made, images(size=11))
+    assert_twins(dense, ours, images(size=11))
+    block = program(ours).blocks[-1]
+    variants = [name for name in block.ops.variants(block.geometry, 3, 0.25) if name.startswith("blocks")]
+    assert variants
+    assert block.policy is not None
+    for name in variants:  # which of them was fastest is a matter of chance
+        block.policy.crossover = dataclasses.replace(block.policy.crossover, variant=name)
+        block.refresh()
+        assert_twins(dense, ours, images(size=11))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.geometry import ConvGeometry, Three
 from sparseflow.neuron import Charge, NeuronSpec, Reset, ResetTiming
 
 from .buffers import BufferPool
@@ -84,15 +84,32 @@ def _constant(value: Constant, channels: int) -> Constant | None:
 
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """What is done to a layer's sums before the neuron: ``x = sums * scale + shift + residual``.
+    """What is done to a layer's sums before the neuron: ``x = sums * scale + shift + residual``, then max pooling.
 
     ``scale`` and ``shift`` are float32 ``[channels]`` (a folded batch norm, or ones and a bias); ``None`` leaves the
     step out. ``residual`` is float32 ``[images, pixels, channels]`` (contiguous) or packed spikes of the same images.
+    ``window`` (D, H, W): the neuron gets the maximum over windows that lie side by side, in floor mode; NaN wins.
     """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
     residual: Tensor | PackedSpikes | None = None
+    window: Three | None = None
+
+    @property
+    def before_pooling(self) -> Epilogue:
+        """The same without the pooling."""
+        return self if self.window is None else dataclasses.replace(self, window=None)
+
+
+def pooled_size(size: Three, window: Three | None) -> Three:
+    """``(D, H, W)`` of what max pooling in windows side by side leaves of maps of ``size``; floor mode.
+
+    >>> pooled_size((1, 7, 8), (1, 2, 2))
+    (1, 3, 4)
+    """
+    d, h, w = size if window is None else (extent // n for extent, n in zip(size, window, strict=True))
+    return d, h, w
 
 
 @dataclasses.dataclass
@@ -119,6 +136,8 @@ class BlockOps(Protocol):
     """
 
     name: str
+    pools_sums: bool
+    """Whether :meth:`conv` and :meth:`neuron` take an epilogue with a ``window``."""
 
     @property
     def pool(self) -> BufferPool | None: ...
@@ -151,7 +170,8 @@ class BlockOps(Protocol):
     ) -> PackedSpikes | Tensor:
         """Convolution of spikes (a linear layer has a 1x1x1 kernel), epilogue, neuron over T.
 
-        ``geometry.batch`` is the number of images. Without a neuron: the float32 sums ``[images, pixels, channels]``.
+        ``geometry.batch`` is the number of images, ``geometry.out_size`` that of the sums before any pooling. Without a
+        neuron, which goes without pooling: the float32 sums ``[images, pixels, channels]``.
         """
         ...
 
@@ -165,7 +185,10 @@ class BlockOps(Protocol):
         state: State,
         steps: int,
     ) -> PackedSpikes:
-        """Epilogue and neuron on dense sums ``[images or N, pixels, channels]`` (N: the same at every step)."""
+        """Epilogue and neuron on dense sums ``[images or N, pixels, channels]`` (N: the same at every step).
+
+        ``size`` (D, H, W) and ``dims`` are those of the sums.
+        """
         ...
 
     def affine(self, currents: Tensor, epilogue: Epilogue) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.geometry import ConvGeometry, Three
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
-from .records import Dynamics, Epilogue, State
+from .records import Dynamics, Epilogue, State, pooled_size
 from .spikes import PackedSpikes, as_tensor, channels_last, pack, unpack
 
 
@@ -46,6 +46,20 @@ def affine(currents: Tensor, epilogue: Epilogue) -> Tensor:
     elif epilogue.residual is not None:
         x = x + epilogue.residual.to(x.dtype)
     return x
+
+
+def pooled(currents: Tensor, size: Three, window: Three | None) -> Tensor:
+    """The maximum over windows ``(D, H, W)`` of ``currents [images, pixels, channels]``, maps of ``size``; floor mode.
+
+    >>> pooled(torch.tensor([[[1.0], [3.0], [2.0], [5.0], [9.0]]]), (1, 1, 5), (1, 1, 2)).flatten().tolist()
+    [3.0, 5.0]
+    """
+    if window is None:
+        return currents
+    maps = as_tensor(currents, (currents.shape[0], currents.shape[2], *size), 1)
+    if size[0] == 1:  # what PyTorch has faster kernels for
+        return channels_last(F.max_pool2d(maps.squeeze(2), window[1:]), 1)
+    return channels_last(F.max_pool3d(maps, window), 1)
 
 
 def charged(neuron: Dynamics, v: Tensor, syn: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,8 +151,8 @@ def conv(
     currents = affine(sums(x, weight, geometry), epilogue)
     if neuron is None or state is None:
         return currents
-    spikes = run_neuron(currents, neuron, state, steps)
-    return packed_like(spikes, geometry.out_size, x.dims)
+    spikes = run_neuron(pooled(currents, geometry.out_size, epilogue.window), neuron, state, steps)
+    return packed_like(spikes, pooled_size(geometry.out_size, epilogue.window), x.dims)
 
 
 def packed_like(spikes: Tensor, size: tuple[int, int, int], dims: int) -> PackedSpikes:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sparseflow.kernels.blocks.buffers import BufferPool
-from sparseflow.kernels.blocks.records import Constant, Dynamics, Epilogue, State
+from sparseflow.kernels.blocks.records import Constant, Dynamics, Epilogue, State, pooled_size
 from sparseflow.kernels.blocks.spikes import WORD, PackedSpikes, as_tensor, channels_last, spatial
-from sparseflow.kernels.geometry import ConvGeometry
+from sparseflow.kernels.geometry import ConvGeometry, Three
 from sparseflow.kernels.weight_blocks import present_share
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
@@ -41,6 +41,7 @@ class NativeBlockOps:
     """
 
     name = "cpu"
+    pools_sums = True
 
     def __init__(self, pool: BufferPool | None = None):
         self.pool = pool or BufferPool()
@@ -77,9 +78,9 @@ class NativeBlockOps:
     ) -> PackedSpikes | Tensor:
         assert x.row_counts is not None
         nonzero = int(x.nonzero) if x.nonzero is not None else x.numel
-        block = self._block(geometry.out_size, geometry.out_channels, x.images, steps, neuron)
+        block = self._block(geometry.out_size, geometry.out_channels, x.images, steps, neuron, epilogue.window)
         result = block.fill(epilogue, state, x.dims)
-        numel = x.numel
+        geometry, numel = _covered(geometry, epilogue.window), x.numel
         fixed = _fixed(variant, geometry, nonzero / numel if numel else 0.0)
         status = engine.library().sf_block_conv(
             engine.conv_struct(geometry, fixed, torch.float32, x_channels_last=True, out_channels_last=True),
@@ -121,7 +122,7 @@ class NativeBlockOps:
         steps: int,
     ) -> PackedSpikes:
         batch = state.v.shape[0]
-        block = self._block(size, currents.shape[-1], steps * batch, steps, neuron)
+        block = self._block(size, currents.shape[-1], steps * batch, steps, neuron, epilogue.window)
         block.struct.invariant = steps > 1 and currents.shape[0] == batch
         result = block.fill(epilogue, state, dims)
         assert isinstance(result, PackedSpikes)
@@ -137,10 +138,16 @@ class NativeBlockOps:
         return result
 
     def _block(
-        self, size: tuple[int, int, int], channels: int, images: int, steps: int, neuron: Dynamics | None
+        self,
+        size: Three,
+        channels: int,
+        images: int,
+        steps: int,
+        neuron: Dynamics | None,
+        window: Three | None = None,
     ) -> _Block:
         """The block's parameters, made once."""
-        key = (size, channels, images, steps, neuron)
+        key = (size, channels, images, steps, neuron, window)
         block = self._blocks.get(key)
         if block is None:
             block = self._blocks[key] = _Block(self.pool, *key)
@@ -233,24 +240,27 @@ class NativeBlockOps:
 
 
 class _Block:
-    """An ``SfBlock`` of which only the pointers change from call to call."""
+    """An ``SfBlock`` of which only the pointers change from call to call. ``size`` is that of the sums."""
 
     def __init__(
         self,
         pool: BufferPool,
-        size: tuple[int, int, int],
+        size: Three,
         channels: int,
         images: int,
         steps: int,
         neuron: Dynamics | None,
+        window: Three | None,
     ):
+        self.numel = images * math.prod(size) * channels
+        map_size, size = size, pooled_size(size, window)
         self._pool, self._size, self._channels, self._lead = pool, size, channels, (steps, images // steps)
         pixels = math.prod(size)
-        self.numel = images * pixels * channels
         self._bits_shape = (images, pixels, -(-channels // WORD))
         self._rows_shape = (images, size[0] * size[1])
         self._dense_shape = (images, pixels, channels)
-        self.struct = BlockStruct(steps, images // steps, pixels, size[2], channels)
+        windows = ((ctypes.c_int64 * 3)(*v) for v in (window or (1, 1, 1), map_size))
+        self.struct = BlockStruct(steps, images // steps, pixels, size[2], channels, *windows)
         self.pointer = ctypes.byref(self.struct)
         self._epilogue: Epilogue | None = None
         self._neuron = None if neuron is None else _native(neuron, channels)
@@ -312,7 +322,9 @@ class PreparedConv:
         neuron: Dynamics | None,
         steps: int,
     ):
-        block = _Block(BufferPool(), geometry.out_size, geometry.out_channels, x.images, steps, neuron)
+        channels, window = geometry.out_channels, epilogue.window
+        block = _Block(BufferPool(), geometry.out_size, channels, x.images, steps, neuron, window)
+        geometry = _covered(geometry, window)
         state = None if neuron is None else State(torch.empty(0))
         result = block.fill(epilogue, state, x.dims)
         self.result = dataclasses.replace(result, kept=True) if isinstance(result, PackedSpikes) else result
@@ -442,6 +454,15 @@ def _fixed_for(name: str, geometry: ConvGeometry, density: float) -> Variant:
     return resolve(_variant(name), geometry, torch.float32, density)
 
 
+@functools.lru_cache(maxsize=256)
+def _covered(geometry: ConvGeometry, window: Three | None) -> ConvGeometry:
+    """The convolution without the rows and columns of its result that no window covers."""
+    if window is None:
+        return geometry
+    d, h, w = (extent // n * n for extent, n in zip(geometry.out_size, window, strict=True))
+    return geometry if (d, h, w) == geometry.out_size else dataclasses.replace(geometry, out_size=(d, h, w))
+
+
 def _check(status: int) -> None:
     if status != 0:
         raise MemoryError("the native engine could not allocate its workspace")
@@ -464,9 +485,6 @@ def _count_pointers(x: PackedSpikes) -> tuple[int, int]:
 def _rows(x: PackedSpikes) -> tuple[int, int]:
     """Number of rows of pixels, and pixels of one."""
     return x.images * x.size[0] * x.size[1], x.size[2]
-
-
-Three = tuple[int, int, int]
 
 
 @functools.lru_cache(maxsize=256)

@@ -49,6 +49,7 @@ class BlockStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("steps", "batch", "pixels", "row_pixels", "channels")),
+        *((name, ctypes.c_int64 * 3) for name in ("window", "map")),
         *((name, ctypes.c_void_p) for name in ("scale", "shift", "residual", "residual_bits", "residual_counts")),
         ("neuron", NeuronStruct),
         *((name, ctypes.c_void_p) for name in ("v", "syn", "v_seq", "bits", "row_counts", "nonzero", "out")),

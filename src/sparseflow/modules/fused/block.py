@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from sparseflow.frameworks import neuron_spec
 from sparseflow.graph.eligibility import layer_kind
 from sparseflow.graph.steps import Block
 from sparseflow.kernels.blocks.records import BlockOps, Dynamics, Epilogue, State
+from sparseflow.kernels.blocks.reference import pooled
 from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_last
+from sparseflow.kernels.geometry import Three
 from sparseflow.plan import Crossover, LayerPlan, Path, Reason
 
 from .constants import geometry_of, kernel_weight, scale_and_shift
@@ -117,10 +120,11 @@ class BlockRun:
         return as_tensor(sums, layout.shape, len(layout.lead))
 
     def epilogue(self, residual: Any) -> Epilogue:
-        """Scale, shift and residual of this call."""
+        """Scale, shift, residual and pooling of this call."""
         if self._affine is None:
             self._affine = scale_and_shift(self.layer, self.norm)
-        return Epilogue(*self._affine, self.flat(residual))
+        pool = self.block.pool
+        return Epilogue(*self._affine, self.flat(residual), None if pool is None else pool.window)
 
     def flat(self, residual: Any) -> Any:
         """A dense residual as ``[images, pixels, channels]``."""
@@ -180,7 +184,12 @@ class BlockRun:
         steps = self.block.steps
         if variant is not None:
             packed = self._weight_for(variant)
-            return self.ops.conv(x, packed, self.geometry, variant, epilogue, self.dynamics, state, steps)
+            if epilogue.window is None or self.ops.pools_sums:
+                return self.ops.conv(x, packed, self.geometry, variant, epilogue, self.dynamics, state, steps)
+            plain = epilogue.before_pooling
+            currents = self.ops.conv(x, packed, self.geometry, variant, plain, None, None, steps)
+            assert isinstance(currents, Tensor)
+            return self._after_pooling(currents, epilogue.window, state)
         source = self.block.source.packed
         assert source is not None
         dense = self.ops.unpack(x).reshape(source.images, source.channels, *source.size)
@@ -208,8 +217,21 @@ class BlockRun:
     def _after(self, sums: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
         if self.dynamics is None or state is None:
             return self.ops.affine(sums, epilogue)
-        layout = self.block.layout
-        return self.ops.neuron(sums, layout.pixels, len(layout.size), epilogue, self.dynamics, state, self.block.steps)
+        if epilogue.window is not None and not self.ops.pools_sums:
+            if epilogue.residual is not None and sums.shape[0] < self.block.layout.images:
+                sums = sums.repeat(self.block.steps, 1, 1)  # the same at every step, but the residual is not
+            return self._after_pooling(self.ops.affine(sums, epilogue.before_pooling), epilogue.window, state)
+        block = self.block
+        return self.ops.neuron(
+            sums, block.map_size, len(block.layout.size), epilogue, self.dynamics, state, block.steps
+        )
+
+    def _after_pooling(self, currents: Tensor, window: Three, state: State | None) -> PackedSpikes:
+        """Pooling and neuron for a backend whose kernels have them apart."""
+        assert self.dynamics is not None
+        assert state is not None
+        layout, x = self.block.layout, pooled(currents, self.block.map_size, window)
+        return self.ops.neuron(x, layout.pixels, len(layout.size), Epilogue(), self.dynamics, state, self.block.steps)
 
     def _on_dense(self, x: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
         if self.layer is not None:
@@ -253,6 +275,8 @@ class BlockRun:
         self._share = self._share_now()
         variants = self.ops.variants(self.geometry, self.block.steps, self._share)
         neuron = f"{self.dynamics.charge}/{self.dynamics.reset}" if self.dynamics else "none"
+        if self.block.pool is not None:
+            neuron = f"pool{self.block.pool.window}/{neuron}"
         kind = "packed" if isinstance(residual, PackedSpikes) else "dense" if residual is not None else "none"
         key = block_key(self.ops.name, self.geometry, self.block.steps, neuron.replace(" ", ""), kind, self._share)
         if not variants:
@@ -282,7 +306,8 @@ class BlockRun:
     def _scratch_state(self, like: PackedSpikes) -> State | None:
         if self.dynamics is None or self.geometry is None:
             return None
-        shape = (like.images // self.block.steps, self.geometry.out_pixels, self.geometry.out_channels)
+        layout = self.block.layout
+        shape = (like.images // self.block.steps, math.prod(layout.pixels), layout.channels)
         v = torch.zeros(shape, device=like.bits.device)
         syn = torch.zeros_like(v) if self.dynamics.synaptic else None
         return State(v, syn, fresh=True)

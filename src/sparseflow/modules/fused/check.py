@@ -37,6 +37,8 @@ def excess_of_block(
     currents = reference.affine(sums, _double(epilogue))
     scale = 1.0 if epilogue.scale is None else epilogue.scale.double().abs()
     band = budget * scale + _ROUNDINGS * torch.finfo(torch.float32).eps * _magnitude(sums * scale, currents)
+    size, window = block.block.map_size, epilogue.window
+    currents, band = reference.pooled(currents, size, window), reference.pooled(band, size, window)
     if block.dynamics is None:
         got = channels_last(result, len(block.block.layout.lead)).double()
         return float(((got - currents).abs() / band).max()), 0

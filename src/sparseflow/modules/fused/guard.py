@@ -13,22 +13,25 @@ from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves
 
 from sparseflow.frameworks import fingerprint
-from sparseflow.graph.steps import FusedGraph
+from sparseflow.graph.steps import Eager, FusedGraph
 from sparseflow.plan import Reason
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN_TYPES = (bool, int, float, str, type(None))
-_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
+_SETTINGS = (
+    *("stride", "padding", "dilation", "groups", "padding_mode", "eps"),
+    *("kernel_size", "ceil_mode", "return_indices", "count_include_pad", "divisor_override", "output_size"),
+)
 _GLOBAL_HOOKS = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
 
 
 class Guard:
     """Compares everything a traced graph has made a constant of with what the model holds now.
 
-    These are the modules themselves, their training flags, the constants of fused neurons and the settings of layers,
-    and plain Python attributes of the modules that were traced through. Weights are no constants; inputs have their
-    signature. Modules in ``whole`` are called as they are, hooks included. Costs some tens of microseconds for a
-    ResNet-18.
+    These are the modules themselves, their training flags, the constants of fused neurons and the settings of layers
+    and pooling, and plain Python attributes of the modules that were traced through. Weights are no constants; inputs
+    have their signature. Modules in ``whole`` are called as they are, hooks included. Costs some tens of microseconds
+    for a ResNet-18.
     """
 
     def __init__(self, model: nn.Module, fused: FusedGraph, whole: Collection[str] = ()):
@@ -43,7 +46,8 @@ class Guard:
         self._tables, self._names, self._children = map(list, zip(*children, strict=True)) if children else ([], [], [])
         neurons = {block.neuron for block in fused.blocks if block.neuron is not None}
         self._neurons = [(modules[name], fingerprint(modules[name])) for name in neurons]
-        parts = {name for block in fused.blocks for name in (block.layer, block.norm) if name is not None}
+        replaced = [node for step in fused.steps if not isinstance(step, Eager) for node in step.nodes]
+        parts = {str(node.target) for node in replaced if node.op == "call_module"}
         settings = [(modules[name].__dict__, _SETTINGS) for name in parts]
         called = {str(n.target) for n in fused.graph.graph.nodes if n.op == "call_module"}
         through = [m.__dict__ for name, m in modules.items() if name not in called and not _below(name, called)]

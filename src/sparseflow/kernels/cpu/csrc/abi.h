@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define SF_ABI_VERSION 3
+#define SF_ABI_VERSION 4
 
 enum SfType : int32_t { SF_F32 = 0, SF_BF16 = 1, SF_F16 = 2, SF_F64 = 3, SF_TYPES = 4 };
 
@@ -59,10 +59,13 @@ struct SfNeuron {
   const float* synapse_decay;
 };
 
-// What follows the sums of a layer: x = sums * scale + shift + residual, then a neuron over all time steps.
-// Tensors are [steps * batch, pixels, channels]; state is [batch, pixels, channels]; bits [images, pixels, words].
+// What follows the sums of a layer: x = sums * scale + shift + residual, the maximum over windows, then a neuron over all
+// time steps. Sums and residual are [steps * batch, map pixels, channels], results of blocks without a neuron too; state
+// is [batch, pixels, channels], bits [images, pixels, words].
 struct SfBlock {
   int64_t steps, batch, pixels, row_pixels, channels;
+  int64_t window[3];                // [D, H, W]; windows lie side by side, what is left of the map at its end is dropped
+  int64_t map[3];                   // of the sums
   const float* scale;               // null: left out
   const float* shift;
   const float* residual;            // at most one of the three

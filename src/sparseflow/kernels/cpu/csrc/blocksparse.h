@@ -120,6 +120,7 @@ class BlockConv {
     column_tiles_ = ceil_div(p.out_size[2], columns_);
     tile_rows_ = min(rows_, max(1, p.tile / columns_));
     if (threads > 1) tile_rows_ = ceil_div(rows_, max(ceil_div(rows_, tile_rows_), min(rows_, threads)));
+    tile_rows_ = ceil_div(tile_rows_, sink.row_multiple()) * sink.row_multiple();
     tiles_ = ceil_div(rows_, tile_rows_) * column_tiles_;
     parts_ = tiles_ < 3 * threads ? min(output_blocks_, threads) : 1;
     gap_ = pointwise_ ? 0 : columns_axis_.reach();

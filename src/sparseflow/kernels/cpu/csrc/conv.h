@@ -57,6 +57,8 @@ class DenseSink {
 
   int64_t steps() const { return 1; }
 
+  int64_t row_multiple() const { return 1; }
+
   // Where the sums of a row may be written at once, `out_channels` apart; null where they need rounding or transposing.
   Acc* direct(int64_t row, int64_t column, int64_t channel, bool whole) const {
     if (!kWide<T> || !output_.channels_last || !whole) return nullptr;
@@ -121,12 +123,12 @@ class Conv {
         graded_(graded),
         threads_(threads),
         rows_(s_.out_rows / sink.steps()) {
-    const int64_t tile_rows = max(1, p_.tile / s_.tile_columns);  // over all steps
-    steps_ = min(sink_.steps(), tile_rows);
-    tile_rows_ = even_tile_rows(max(1, tile_rows / steps_));
+    const int64_t tile_rows = max(1, p_.tile / s_.tile_columns), multiple = sink_.row_multiple();  // over all steps
+    steps_ = min(sink_.steps(), max(1, tile_rows / multiple));
+    tile_rows_ = ceil_div(even_tile_rows(max(1, tile_rows / steps_)), multiple) * multiple;
     column_tiles_ = ceil_div(p_.out_size[2], s_.tile_columns);
     list_rows_ = p_.split_outputs
-                     ? min(rows_, max(tile_rows_, kSharedListEntries / (s_.list_capacity * steps_)))
+                     ? min(rows_, max(tile_rows_, kSharedListEntries / (s_.list_capacity * steps_) / multiple * multiple))
                      : tile_rows_;
     bias_source_ = bias;
   }

@@ -16,8 +16,10 @@ namespace sparseflow::SF_NAMESPACE {
 
 constexpr int64_t kListSlack = 64;  // entries that may be written past the end of a list
 
-// Appends base + scale * i for every set bit i; may write up to 16 entries past the end it returns.
-SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, uint32_t* out) {
+// Appends base + scale * i for every set bit i; may write up to 16 entries past the end it returns. Bits from
+// `word_channels` on are zero.
+SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, uint32_t* out,
+                                  [[maybe_unused]] int64_t word_channels = 64) {
 #if defined(SF_VBMI)
   alignas(64) static const uint8_t kLanes64[64] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
@@ -40,6 +42,7 @@ SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, 
   for (int i = 0; i < 4; i++, bits >>= 16) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)bits, entries));
     out += popcount(bits & 0xffff);
+    if (16 * (i + 1) >= word_channels) break;
     entries = _mm512_add_epi32(entries, sixteen);
   }
   return out;
@@ -266,7 +269,7 @@ class ListBuilder {
       uint32_t offset = base + span->offset;
       for (int64_t w = 0; w < span->words; w++, offset += 64 * row_bytes_) {
         if (slab.mostly_silent && words[w] == 0) continue;
-        entry = append_events(words[w], offset, row_bytes_, entry);
+        entry = append_events(words[w], offset, row_bytes_, entry, s_.channels - 64 * (span->first + w));
       }
     }
     at.entry = entry;

@@ -35,11 +35,13 @@ int conv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* r
 int block_conv(const SfConv& p, const SfBlock& block, const uint64_t* bits, const uint32_t* row_counts,
                const uint8_t* counts, const float* packed, const int32_t* index, int threads) {
   const BlockSink sink(block);
+  SfConv fitted = p;
+  fitted.tile = max(1, p.tile / sink.column_multiple()) * sink.column_multiple();
   if (index != nullptr) {
     using Kernel = BlockConv<Float32, BlockSink>;
-    return Kernel(p, counts, bits, row_counts, packed, index, nullptr, sink, counts != nullptr, threads).run();
+    return Kernel(fitted, counts, bits, row_counts, packed, index, nullptr, sink, counts != nullptr, threads).run();
   }
-  return Conv<Float32, BlockSink>(p, counts, bits, row_counts, packed, nullptr, sink, counts != nullptr, threads).run();
+  return Conv<Float32, BlockSink>(fitted, counts, bits, row_counts, packed, nullptr, sink, counts != nullptr, threads).run();
 }
 
 int block_dense(const SfBlock& block, const float* sums, int threads) { return block_dense_rows(block, sums, threads); }

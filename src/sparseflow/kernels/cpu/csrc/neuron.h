@@ -1,5 +1,5 @@
-// What follows the sums of a fused block: scale, shift, residual, and the neuron. Both work on a run of neighbouring
-// pixels of one image, 16 channels at a time, and keep the constants of those channels in registers.
+// What follows the sums of a fused block: scale, shift, residual, the maximum over windows, and the neuron. All work on a
+// run of neighbouring pixels of one image, 16 channels at a time, and keep the constants of those channels in registers.
 //
 // Every operation is rounded on its own, in the order the frameworks have it: fusing or reordering flips spikes.
 #pragma once
@@ -12,7 +12,7 @@ namespace sparseflow::SF_NAMESPACE {
 constexpr int kUnit = 16;                    // channels of one step of a pass; two bytes of packed spikes
 constexpr int kVectors = kUnit / kFloats;    // vectors they fill
 
-// `pixels` neighbours of image (t, n), channels first_channel .. first_channel + channels.
+// `pixels` neighbours (behind the pooling) of image (t, n), channels first_channel .. first_channel + channels.
 struct Run {
   int64_t t, n, pixel, pixels;
   int64_t first_channel, channels;  // the first is a multiple of kUnit
@@ -38,17 +38,17 @@ SF_INLINE void store_unit(float* p, const Unit& u) {
 template <bool kTail>
 SF_INLINE Unit load_channels(const float* p, int64_t n) {
   if (!kTail) return load_unit(p);
-  float lanes[kUnit] = {};
-  __builtin_memcpy(lanes, p, n * sizeof(float));
-  return load_unit(lanes);
+  Unit u;
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) u.part[i] = load_first(p + i * kFloats, n - i * kFloats);
+  return u;
 }
 
 template <bool kTail>
 SF_INLINE void store_channels(float* p, const Unit& u, int64_t n) {
   if (!kTail) return store_unit(p, u);
-  float lanes[kUnit];
-  store_unit(lanes, u);
-  __builtin_memcpy(p, lanes, n * sizeof(float));
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) store_first(p + i * kFloats, u.part[i], n - i * kFloats);
 }
 
 SF_INLINE Unit splat_unit(float value) {
@@ -92,15 +92,25 @@ SF_INLINE Unit residual_of(const SfBlock& b, int64_t image_pixel, int64_t channe
   return u;
 }
 
+// Scale and shift of one unit of channels, and the residual that is added to them.
 template <Residual kKind, bool kTail>
-void affine_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const float* x, int64_t x_step, float* to,
-                 int64_t to_step) {
-  const int64_t channel = run.first_channel + c;
-  const bool scaled = b.scale != nullptr, shifted = b.shift != nullptr;
-  const Unit scale = scaled ? load_unit(b.scale + channel) : Unit{};
-  const Unit shift = shifted ? load_unit(b.shift + channel) : Unit{};
-  int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel;
-  for (int64_t p = 0; p < run.pixels; p++, image_pixel++, x += x_step, to += to_step) {
+struct Affine {
+  const SfBlock& b;
+  const int64_t channel, n;
+  const bool scaled, shifted;
+  const Unit scale, shift;
+
+  Affine(const SfBlock& b, int64_t channel, int64_t n)
+      : b(b),
+        channel(channel),
+        n(n),
+        scaled(b.scale != nullptr),
+        shifted(b.shift != nullptr),
+        scale(scaled ? load_unit(b.scale + channel) : Unit{}),
+        shift(shifted ? load_unit(b.shift + channel) : Unit{}) {}
+
+  // Of the sums at x, which belong to a pixel of the map.
+  SF_INLINE_MEMBER Unit of(const float* x, int64_t image_pixel) const {
     Unit u = load_channels<kTail>(x, n), residual;
     if constexpr (kKind != kNoResidual) residual = residual_of<kKind, kTail>(b, image_pixel, channel, n);
 #pragma GCC unroll 4
@@ -109,24 +119,72 @@ void affine_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const f
       if (shifted) u.part[i] = u.part[i] + shift.part[i];
       if constexpr (kKind != kNoResidual) u.part[i] = u.part[i] + residual.part[i];
     }
-    store_channels<kTail>(to, u, n);
+    return u;
+  }
+};
+
+// Where the sums of a run of pixels lie, or those of a run of windows: the channels of a pixel are neighbours, pixels
+// lie `pixel` apart, rows and planes of a window `row` and `plane`. Distances in floats.
+struct Sums {
+  const float* x;
+  int64_t pixel, row, plane;
+  int64_t image_pixel;  // the first pixel's number in the maps of all images
+};
+
+template <Residual kKind, bool kTail>
+void affine_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, float* to, int64_t to_step) {
+  const Affine<kKind, kTail> affine(b, run.first_channel + c, n);
+  const float* x = sums.x + c;
+  for (int64_t p = 0; p < run.pixels; p++, x += sums.pixel, to += to_step) {
+    store_channels<kTail>(to, affine.of(x, sums.image_pixel + p), n);
   }
 }
 
-template <Residual kKind>
-void affine_channels(const SfBlock& b, const Run& run, const float* x, int64_t x_step, float* to, int64_t to_step) {
-  int64_t c = 0;
-  for (; c + kUnit <= run.channels; c += kUnit) affine_unit<kKind, false>(b, run, c, kUnit, x + c, x_step, to + c, to_step);
-  if (c < run.channels) affine_unit<kKind, true>(b, run, c, run.channels - c, x + c, x_step, to + c, to_step);
+// The same, and the maximum over every window. `to` may be where the first row of the sums lies.
+template <Residual kKind, bool kTail>
+void pool_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, float* to, int64_t to_step) {
+  const Affine<kKind, kTail> affine(b, run.first_channel + c, n);
+  const int64_t depth = b.window[0], height = b.window[1], width = b.window[2];
+  for (int64_t p = 0; p < run.pixels; p++, to += to_step) {
+    Unit most = splat_unit(-__builtin_inff());
+    for (int64_t d = 0; d < depth; d++) {
+      for (int64_t h = 0; h < height; h++) {
+        const float* x = sums.x + c + d * sums.plane + h * sums.row + p * width * sums.pixel;
+        const int64_t image_pixel = sums.image_pixel + (d * b.map[1] + h) * b.map[2] + p * width;
+        for (int64_t w = 0; w < width; w++, x += sums.pixel) {
+          const Unit u = affine.of(x, image_pixel + w);
+#pragma GCC unroll 4
+          for (int i = 0; i < kVectors; i++) most.part[i] = larger(most.part[i], u.part[i]);
+        }
+      }
+    }
+    store_channels<kTail>(to, most, n);
+  }
 }
 
-// x [pixels][x_step] -> to [pixels][to_step], the run's channels; the two may be the same.
-SF_INLINE void affine(const SfBlock& b, const Run& run, const float* x, int64_t x_step, float* to, int64_t to_step) {
+SF_INLINE bool pools(const SfBlock& b) { return b.window[0] * b.window[1] * b.window[2] > 1; }
+
+template <Residual kKind, bool kTail>
+SF_INLINE void currents_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, float* to,
+                             int64_t to_step) {
+  if (pools(b)) return pool_unit<kKind, kTail>(b, run, c, n, sums, to, to_step);
+  affine_unit<kKind, kTail>(b, run, c, n, sums, to, to_step);
+}
+
+template <Residual kKind>
+void currents_channels(const SfBlock& b, const Run& run, const Sums& sums, float* to, int64_t to_step) {
+  int64_t c = 0;
+  for (; c + kUnit <= run.channels; c += kUnit) currents_unit<kKind, false>(b, run, c, kUnit, sums, to + c, to_step);
+  if (c < run.channels) currents_unit<kKind, true>(b, run, c, run.channels - c, sums, to + c, to_step);
+}
+
+// What the neuron gets of the run's channels, to [pixels][to_step]; `to` may be sums.x with the same step.
+SF_INLINE void currents(const SfBlock& b, const Run& run, const Sums& sums, float* to, int64_t to_step) {
   switch (residual_kind(b)) {
-    case kNoResidual: return affine_channels<kNoResidual>(b, run, x, x_step, to, to_step);
-    case kFloatResidual: return affine_channels<kFloatResidual>(b, run, x, x_step, to, to_step);
-    case kBitResidual: return affine_channels<kBitResidual>(b, run, x, x_step, to, to_step);
-    case kCountResidual: return affine_channels<kCountResidual>(b, run, x, x_step, to, to_step);
+    case kNoResidual: return currents_channels<kNoResidual>(b, run, sums, to, to_step);
+    case kFloatResidual: return currents_channels<kFloatResidual>(b, run, sums, to, to_step);
+    case kBitResidual: return currents_channels<kBitResidual>(b, run, sums, to, to_step);
+    case kCountResidual: return currents_channels<kCountResidual>(b, run, sums, to, to_step);
   }
 }
 
@@ -272,21 +330,10 @@ SF_INLINE Fire find_fire(const SfNeuron& k) {
   return nullptr;
 }
 
-// Scale, shift, residual and neuron of one run. `staging` holds run.pixels * x_step floats and may be x itself.
-SF_INLINE void finish_run(const SfBlock& b, Fire fire, const Run& run, const float* x, int64_t x_step, float* staging,
-                          int64_t staging_step) {
-  const int64_t image = run.t * b.batch + run.n;
-  if (fire == nullptr) {
-    float* to = b.out + (image * b.pixels + run.pixel) * b.channels + run.first_channel;
-    return affine(b, run, x, x_step, to, b.channels);
-  }
-  const bool plain = b.scale == nullptr && b.shift == nullptr && residual_kind(b) == kNoResidual;
-  if (!plain) {
-    affine(b, run, x, x_step, staging, staging_step);
-    x = staging, x_step = staging_step;
-  }
+// Runs the neuron on x [pixels][x_step] and counts its spikes.
+SF_INLINE void fire_run(const SfBlock& b, Fire fire, const Run& run, const float* x, int64_t x_step) {
   const uint32_t fired = fire(b, run, x, x_step);
-  const int64_t row = (image * b.pixels + run.pixel) / b.row_pixels;
+  const int64_t row = ((run.t * b.batch + run.n) * b.pixels + run.pixel) / b.row_pixels;
   __atomic_fetch_add(b.row_counts + row, fired, __ATOMIC_RELAXED);
 }
 

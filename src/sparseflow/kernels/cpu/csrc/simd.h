@@ -94,6 +94,13 @@ SF_INLINE VecF64 multiply_add(VecF64 a, VecF64 b, VecF64 c) {
 
 constexpr int kFloats = SF_VECTOR_BYTES / 4;  // lanes of VecF32
 
+#if defined(SF_AVX2) && !defined(SF_AVX512)
+// All bits set in the first n lanes.
+SF_INLINE __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // Bit i: lane i of a comparison's result is true.
 SF_INLINE uint32_t lane_bits(VecI32 mask) {
 #if defined(SF_AVX512)
@@ -107,6 +114,42 @@ SF_INLINE uint32_t lane_bits(VecI32 mask) {
   for (int i = 0; i < kFloats; i++) bits |= uint32_t(mask[i] & 1) << i;
   return bits;
 #endif
+}
+
+// The first n lanes at p, zeros in the others; touches no memory behind them. All lanes where n is kFloats or more, none
+// where it is 0 or less.
+SF_INLINE VecF32 load_first(const float* p, int64_t n) {
+#if defined(SF_AVX512)
+  return (VecF32)_mm512_maskz_loadu_ps((__mmask16)low_bits(max(n, 0)), p);
+#elif defined(SF_AVX2)
+  return (VecF32)_mm256_maskload_ps(p, first_lanes(n));
+#else
+  if (n >= kFloats) return load<VecF32>(p);
+  VecF32 v{};
+  for (int i = 0; i < kFloats; i++) {
+    if (i < n) v[i] = p[i];
+  }
+  return v;
+#endif
+}
+
+SF_INLINE void store_first(float* p, VecF32 v, int64_t n) {
+#if defined(SF_AVX512)
+  _mm512_mask_storeu_ps(p, (__mmask16)low_bits(max(n, 0)), (__m512)v);
+#elif defined(SF_AVX2)
+  _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+#else
+  if (n >= kFloats) return store(p, v);
+  for (int i = 0; i < kFloats; i++) {
+    if (i < n) p[i] = v[i];
+  }
+#endif
+}
+
+// The larger of each lane; a NaN in either wins, and of equal values `a`, as in PyTorch's max pooling.
+SF_INLINE VecF32 larger(VecF32 a, VecF32 b) {
+  const VecI32 take = (VecI32)(b > a) | (VecI32)(b != b);
+  return take ? b : a;
 }
 
 // 1.0 in the lanes whose bit is set, 0.0 in the others.

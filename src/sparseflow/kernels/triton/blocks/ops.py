@@ -24,6 +24,7 @@ class TritonBlockOps:
 
     name = "triton"
     pool: BufferPool | None = None  # PyTorch's allocator keeps memory too, and knows of streams and CUDA graphs
+    pools_sums = False
 
     def pack_weight(self, weight: Tensor, geometry: ConvGeometry, variant: str) -> Packed:  # noqa: ARG002
         """Looks at the values once, to choose the parts that hold them, and so waits for the device."""
