@@ -135,7 +135,8 @@ def run_networks(results: Results, options) -> None:
             continue
         for density in options.densities or NET_DENSITIES:
             net, found = fine_tuned(recipe, density, options.epochs)
-            print(f"{name:10} {density:.3f}  " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()))
+            figures = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
+            print(f"{name:10} {density:.3f}  {figures}", flush=True)
             for batch in options.batches:
                 keep(results, network_points(recipe, batch, net, found, options), options.out)
 
