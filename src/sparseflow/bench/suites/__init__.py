@@ -48,6 +48,7 @@ SUITES = {
     "memory": "sparseflow.bench.suites.memory",
     "startup": "sparseflow.bench.suites.startup",
     "predecessor": "sparseflow.bench.suites.predecessor",
+    "pruned": "sparseflow.bench.suites.pruned",
     "peers": "sparseflow.bench.peers",
 }
 
