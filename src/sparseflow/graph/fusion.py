@@ -328,7 +328,7 @@ class _Fuser:
         layout = self.packed[node].packed
         assert name is not None
         assert layout is not None
-        chain, current = self._chain_behind(self.neuron_input(node), layout)
+        chain, current = self._chain_behind(node, layout)
         self._keep(
             Block(
                 node,
@@ -343,16 +343,19 @@ class _Fuser:
                 self._membrane_of(node, name),
                 self.over_time(node),
                 chain.pool,
+                chain.repeated,
             )
         )
 
-    def _chain_behind(self, current: fx.Node, layout: Layout) -> tuple[_Chain, fx.Node]:
-        """What a neuron's kernel can compute of the neuron's input, and the node where it begins."""
-        pooling, plain = _Chain(self, layout), _Chain(self, layout)
-        first = pooling.take_layer(pooling.take_norm(pooling.take_addition(pooling.take_pool(pooling.behind(current)))))
-        if pooling.pool is None or pooling.layer is not None:
-            return pooling, first
-        return plain, plain.take_layer(plain.take_norm(plain.take_addition(plain.behind(current))))
+    def _chain_behind(self, node: fx.Node, layout: Layout) -> tuple[_Chain, fx.Node]:
+        """What the kernel of a neuron node can compute of the neuron's input, and the node where it begins."""
+        far, near, current = _Chain(self, layout), _Chain(self, layout), self.neuron_input(node)
+        begin = far.behind(current)
+        begin = far.take_pool(far.take_repetition(begin) if self.over_time(node) else begin)
+        begin = far.take_layer(far.take_norm(far.take_addition(begin)))
+        if far.layer is not None or (far.pool is None and not far.repeated):
+            return far, begin
+        return near, near.take_layer(near.take_norm(near.take_addition(near.behind(current))))
 
     def _membrane_of(self, node: fx.Node, name: str) -> fx.Node | None:
         if node in self.values:
@@ -473,6 +476,7 @@ class _Chain:
         self.norm: str | None = None
         self.residual: Operand | None = None
         self.pool: Windows | None = None
+        self.repeated = False
 
     def behind(self, node: fx.Node) -> fx.Node:
         """``node`` or what it is a view of, as long as nobody else looks and channels and pixels stay what they are."""
@@ -480,6 +484,22 @@ class _Chain:
             self.nodes = (node, *self.nodes)
             node = node.args[0]  # type: ignore[assignment]
         return node
+
+    def take_repetition(self, node: fx.Node) -> fx.Node:
+        """Claim ``x.unsqueeze(0).expand(T, ...)``: what is behind it is computed once for all time steps."""
+        one = node.args[0] if node.op == "call_method" and node.target == "expand" else None
+        if not (self._mine(node) and isinstance(one, fx.Node) and self._mine(one)):
+            return node
+        inner = one.args[0] if one.op == "call_method" and one.target == "unsqueeze" else None
+        if not isinstance(inner, fx.Node) or inner not in self._fuser.values:
+            return node
+        shape, whole = self._fuser.shape(inner), self._layout.shape
+        repeats = self._fuser.shape(one) == (1, *shape) and self._fuser.shape(node) == whole == (whole[0], *shape)
+        if not repeats or len(self._layout.lead) < 2:
+            return node
+        self.nodes = (one, node, *self.nodes)
+        self.repeated = True
+        return self.behind(inner)
 
     def take_pool(self, node: fx.Node) -> fx.Node:
         """Claim a max pooling of sums over windows side by side; what is behind it has larger maps."""
@@ -499,7 +519,7 @@ class _Chain:
 
     def take_addition(self, node: fx.Node) -> fx.Node:
         """Claim ``node`` if it adds something to what is normalised or computed by a layer."""
-        if not (self._mine(node) and is_addition(node)):
+        if not (self._mine(node) and is_addition(node)) or self.repeated:
             return node
         options = [(a, b) for a, b in (node.args, node.args[::-1]) if self._fuser.shape(a) == self._fuser.shape(b)]  # type: ignore[arg-type]
         ranked = sorted(options, key=lambda pair: self._work(pair[0]), reverse=True)  # type: ignore[arg-type]
@@ -557,7 +577,8 @@ class _Chain:
 
     def _joins(self, node: fx.Node) -> bool:
         """Whether ``node`` is a layer on packed spikes whose channels are those of the neuron."""
-        return self._fuser._reads_packed(node) and self._fuser._spatial_rank(node) == len(self._layout.size)
+        suits = self._fuser._reads_packed(node) and self._fuser._spatial_rank(node) == len(self._layout.size)
+        return suits and not self.repeated
 
     def _same_pixels(self, source: Any) -> bool:
         tail = (self._layout.channels, *self._layout.size)

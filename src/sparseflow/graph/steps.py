@@ -107,6 +107,7 @@ class Block(Step):
         membrane: the node that wants the membrane of every step, if any.
         over_time: whether the first of the leading sizes is T; else the neuron does one step.
         pool: in front of the neuron; only behind a layer.
+        repeated: the layer's input has no time, and its sums are the same at every step.
     """
 
     source: Operand
@@ -119,6 +120,7 @@ class Block(Step):
     membrane: fx.Node | None = None
     over_time: bool = True
     pool: Windows | None = None
+    repeated: bool = False
 
     @property
     def operands(self) -> tuple[Operand, ...]:

@@ -34,6 +34,7 @@ from .nets import (
     twins,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::sparseflow.NothingAcceleratedWarning")
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
@@ -247,6 +248,40 @@ def test_the_same_image_at_every_step():
     assert pools(check(the_stem()[0], x.contiguous())) == windows
 
 
+class Repeats(nn.Module):
+    """A loop over time that shows the same image at every step."""
+
+    def __init__(self, convolution, step, behind):
+        super().__init__()
+        self.c1, self.step, self.behind, self.n1 = convolution, step, behind, leaky(threshold=1.0)
+        self.c2, self.n2 = nn.Conv2d(12, 8, 3), leaky()
+
+    def forward(self, x):
+        mem1, mem2, out = self.n1.init_leaky(), self.n2.init_leaky(), []
+        for _ in range(5):
+            s, mem1 = self.n1(self.behind(self.step(self.c1(x))), mem1)
+            s, mem2 = self.n2(self.c2(s), mem2)
+            out.append(s + mem2)
+        return torch.stack(out), mem1
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv2d(3, 12, 3), nn.Identity()])
+@pytest.mark.parametrize("step", [nn.MaxPool2d(2), nn.Identity()])
+@pytest.mark.parametrize("behind", [nn.Identity(), lambda y: y * 0.75])
+def test_a_loop_that_repeats_its_input(convolution, step, behind):
+    """The layer belongs to the block unless something that the block cannot do lies in between."""
+    layered = isinstance(convolution, nn.Conv2d)
+    x = images(1, 3, channels=3 if layered else 12, size=11)[0]
+    model = check(Repeats(convolution, step, behind), x)
+    first = program(model).fused.blocks[0]
+    assert first.repeated == (layered and isinstance(behind, nn.Identity))
+    assert pools(model) == [(1, 2, 2)] * (first.repeated and isinstance(step, nn.MaxPool2d))
+    with sparseflow.verify(model) as watch:
+        outputs(model, x)
+    assert watch.checked >= 2
+    assert watch.worst <= 1.0
+
+
 def test_the_same_image_and_another_shortcut_at_every_step():
     def run(m, x):
         return m.n1(m.pool(m.c1(x) + m.c0(x.flip(0) * torch.arange(4.0).view(4, 1, 1, 1, 1))))
@@ -310,7 +345,7 @@ def test_the_trained_example(monkeypatch):
     expected, found = outputs(net, x), outputs(model, x)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])
-    assert pools(model) == [(1, 2, 2)]
+    assert pools(model) == [(1, 2, 2)] * 2
     assert kinds(model)["Block"] == 3
     with sparseflow.verify(model) as watch:
         outputs(model, x)

@@ -235,7 +235,7 @@ class BlockRun:
 
     def _on_dense(self, x: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
         if self.layer is not None:
-            once = self._first_step(x)
+            once = None if self.block.repeated else self._first_step(x)
             x = x if once is None else once
             return self._after(self._dense_sums(self.images_of(x)), epilogue, state)
         if self.block.steps > 1 and x.stride(0) == 0 and x.shape[0] == self.block.steps:

@@ -34,6 +34,8 @@ def excess_of_block(
     """
     epilogue = block.epilogue(residual)
     sums, budget = _sums(block, source)
+    if block.block.repeated:
+        sums, budget = sums.repeat(block.block.steps, 1, 1), budget.repeat(block.block.steps, 1, 1)
     currents = reference.affine(sums, _double(epilogue))
     scale = 1.0 if epilogue.scale is None else epilogue.scale.double().abs()
     band = budget * scale + _ROUNDINGS * torch.finfo(torch.float32).eps * _magnitude(sums * scale, currents)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -229,10 +230,11 @@ class Program:
 
         return act
 
-    @staticmethod
-    def _chained(actions: list[Placed]) -> Iterator[Placed]:
+    def _chained(self, actions: list[Placed]) -> Iterator[Placed]:
         """The same with neighbouring blocks on packed spikes made one action."""
-        for chains, group in itertools.groupby(actions, lambda placed: _can_chain(placed[0])):
+        stepped = Counter(id(block.memory.module) for block in self.blocks if block.memory is not None)
+        shared = {module for module, times in stepped.items() if times > 1}
+        for chains, group in itertools.groupby(actions, lambda placed: _can_chain(placed[0], shared)):
             members = list(group)
             if chains and len(members) > 1:
                 blocks = [action for action, _ in members if isinstance(action, BoundBlock)]
@@ -256,9 +258,11 @@ class Program:
         return found
 
 
-def _can_chain(action: Action) -> bool:
-    """States that a graph passes on are results of other steps, perhaps of the chain's."""
-    return isinstance(action, BoundBlock) and action.run.can_chain and not action.slots.states
+def _can_chain(action: Action, shared: Collection[int]) -> bool:
+    """A chain reads all states before it runs, those that a graph passes on or two blocks share among them."""
+    if not isinstance(action, BoundBlock) or not action.run.can_chain or action.slots.states:
+        return False
+    return action.run.memory is None or id(action.run.memory.module) not in shared
 
 
 def _with_lead(images: Tensor, lead: tuple[int, ...]) -> Tensor:

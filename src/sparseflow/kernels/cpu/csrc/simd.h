@@ -94,7 +94,9 @@ SF_INLINE VecF64 multiply_add(VecF64 a, VecF64 b, VecF64 c) {
 
 constexpr int kFloats = SF_VECTOR_BYTES / 4;  // lanes of VecF32
 
-#if defined(SF_AVX2) && !defined(SF_AVX512)
+#if defined(SF_AVX512)
+SF_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << min(max(n, 0), kFloats)) - 1); }
+#elif defined(SF_AVX2)
 // All bits set in the first n lanes.
 SF_INLINE __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -120,7 +122,7 @@ SF_INLINE uint32_t lane_bits(VecI32 mask) {
 // where it is 0 or less.
 SF_INLINE VecF32 load_first(const float* p, int64_t n) {
 #if defined(SF_AVX512)
-  return (VecF32)_mm512_maskz_loadu_ps((__mmask16)low_bits(max(n, 0)), p);
+  return (VecF32)_mm512_maskz_loadu_ps(first_lanes(n), p);
 #elif defined(SF_AVX2)
   return (VecF32)_mm256_maskload_ps(p, first_lanes(n));
 #else
@@ -135,7 +137,7 @@ SF_INLINE VecF32 load_first(const float* p, int64_t n) {
 
 SF_INLINE void store_first(float* p, VecF32 v, int64_t n) {
 #if defined(SF_AVX512)
-  _mm512_mask_storeu_ps(p, (__mmask16)low_bits(max(n, 0)), (__m512)v);
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
 #elif defined(SF_AVX2)
   _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
 #else
