@@ -21,6 +21,7 @@ _FILES = (
     "README.md",
     "docs/benchmarks.md",
     "docs/block-sparse.md",
+    "docs/peers.md",
     "docs/cpu-kernels.md",
     "docs/gpu-kernels.md",
     "docs/gpu-benchmarks.md",
@@ -38,23 +39,83 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-_FUSED_RUNS = ("eager", "eager channels_last", "compiled fp32", "compiled bf16", "level 1", "level 2")
+_DENSE = ("eager", "eager channels_last", "compiled fp32", "compiled bf16")
+_BEST = "best dense fp32"
+Cases = dict[tuple, dict[str, dict]]
 
 
-def fused() -> str:
-    """Whole models, dense and at both levels: medians, and level 2 over the better eager and over the compiled one."""
-    rows = _load("fused.json")["rows"]
+def _points(file: str, suite: str, *keys: str) -> Cases:
+    """Points of a suite by case (and ``keys`` of their configuration), each by kernel and baseline."""
+    cases: Cases = {}
+    for point in _load(file)["points"]:
+        if point["suite"] == suite:
+            case = (point["case"], *(point["config"][key] for key in keys))
+            cases.setdefault(case, {})[f"{point['kernel']} over {point['baseline']}"] = point
+    return cases
+
+
+def _median(point: dict | None, field: str = "value", digits: int = 1) -> str:
+    return f"{point[field][1]:.{digits}f}" if point and point[field] else ""
+
+
+def _over(point: dict | None, digits: int = 2) -> str:
+    if point is None:
+        return ""
+    if not point["gate"]["green"]:
+        return "red gate"
+    return f"{point['baseline_value'][1] / point['value'][1]:.{digits}f}x"
+
+
+def networks() -> str:
+    """Whole networks: medians of every variant, and level 2 over the strongest dense fp32 of the run."""
     head = [
         "network; ms a call",
         "activity",
         "density",
-        *_FUSED_RUNS,
+        *_DENSE,
+        "level 1",
+        "level 2",
         "over eager",
         "over compiled fp32",
-        "memory",
-        "same class",
     ]
-    return _table(head, [_fused_row(row) for row in rows])
+    return _table(head, [_network(name, found) for (name,), found in _points("networks.json", "models").items()])
+
+
+def _network(name: str, found: dict[str, dict]) -> list[str]:
+    point = found["level 2 over eager"]
+    dense = [_median(found.get(f"level 2 over {baseline}"), "baseline_value") for baseline in _DENSE]
+    ours = [_median(found[f"{level} over eager"]) for level in ("level 1", "level 2")]
+    eager = [found[key] for key in ("level 2 over eager", "level 2 over eager channels_last") if key in found]
+    over = min(map(_over, eager), key=lambda text: float(text.rstrip("x")) if text[0].isdigit() else 0.0)
+    compiled = _over(found.get("level 2 over compiled fp32"))
+    return [name, point["config"]["activity"], f"{point['rho']:.1%}", *dense, *ours, over, compiled]
+
+
+def memory() -> str:
+    """Resident memory of networks with their packed weights and of a call, in MB."""
+    head = ["network; MB", "eager", "level 1", "level 2", "level 2 over eager"]
+    body = []
+    for (name,), found in _points("networks.json", "memory").items():
+        point = found.get("level 2 over eager")
+        if point and point["value"]:
+            share = f"{point['value'][1] / point['baseline_value'][1]:.2f}x"
+            values = [_median(point, "baseline_value"), _median(found.get("level 1 over eager")), _median(point)]
+            body.append([name, *values, share])
+    return _table(head, body)
+
+
+def peers() -> str:
+    """Products of spikes and a matrix: every contender's time by density."""
+    found: dict[tuple[str, str], dict[float, str]] = {}
+    densities: dict[float, None] = {}
+    for point in _load("networks.json")["points"]:
+        if point["suite"] == "peers" and point["value"] and "x" in point["case"].split(",")[0]:
+            density = point["config"].get("density", point["rho"])
+            densities[density] = None
+            found.setdefault((point["case"], point["kernel"]), {})[density] = _median(point, digits=3)
+    head = ["product", "contender; ms", *(f"{density:.0%} spikes" for density in densities)]
+    body = [[*names, *(times.get(density, "") for density in densities)] for names, times in found.items()]
+    return _table(head, body)
 
 
 def fused_flips() -> str:
@@ -85,37 +146,29 @@ def fused_machine() -> str:
     return _environment("fused.json")
 
 
-def _fused_row(row: dict) -> list[str]:
-    times = [f"{row['ms'][name][1]:.1f}" if name in row["ms"] else "" for name in _FUSED_RUNS]
-    ms = {name: times[1] for name, times in row["ms"].items()}
-    eager = f"{min(ms['eager'], ms['eager channels_last']) / ms['level 2']:.2f}x" if ms else "red gate"
-    compiled = f"{ms['compiled fp32'] / ms['level 2']:.2f}x" if "compiled fp32" in ms else ""
-    memory = {name: mb["resident"] + mb["call"] for name, mb in row.get("memory_mb", {}).items()}
-    share = f"{memory['level 2'] / memory['eager']:.2f}x" if memory.get("eager") else ""
-    agreement = row["gate"]["level 2"]["agreement"]
-    return [
-        row["case"],
-        row["activity"],
-        f"{row['mean_density']:.1%}",
-        *times,
-        eager,
-        compiled,
-        share,
-        f"{agreement:.1%}",
-    ]
-
-
-def density_sweep() -> str:
-    """Single layers: speedup over the best dense fp32 by density, and the crossover."""
-    rows = _load("density_sweep.json")["rows"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    head = ["layer", *(f"{density:.0%}" for density in _SHOWN), "crossover", "over bf16 at 1%"]
+def layers() -> str:
+    """Single layers: speedup over the best dense fp32 by density, crossovers, and the same over bf16."""
+    head = ["layer", *(f"{density:.0%}" for density in _SHOWN), "crossover", "dispatcher's", "over bf16 at 1%"]
+    points = _points("layers.json", "layers", "density set")
+    crossovers = {row["case"]: row for row in _load("layers.json")["crossovers"]}
     body = []
-    for shape in shapes:
-        mine = {row["density"]: row for row in rows if row["shape"] == shape}
-        cells = [f"{mine[density]['sparse_over_best_dense']:.1f}x" for density in _SHOWN]
-        used = f"{next(iter(mine.values()))['crossover_used']:.0%}"
-        body.append([shape, *cells, used, f"{mine[0.01]['sparse_over_bf16']:.1f}x"])
+    for name in dict.fromkeys(case for case, _ in points):
+        cells = [_over(points[name, density][f"sparse over {_BEST}"], 1) for density in _SHOWN]
+        met = [f"{crossovers[name][key]:.0%}" for key in ("measured", "used")]
+        body.append([name, *cells, *met, _over(points[name, 0.01]["sparse over best dense bf16"], 1)])
+    return _table(head, body)
+
+
+def predecessor() -> str:
+    """The predecessor's two headline layers, its way and the honest way."""
+    head = ["layer", "what runs", "scope", "ms", "over eager", "over best dense fp32"]
+    body = []
+    for (name,), found in _points("layers.json", "predecessor").items():
+        for point in found.values():
+            if point["baseline"] == "eager":
+                best = found[f"{point['kernel']} over {_BEST}"]
+                row = [name, point["kernel"], point["scope"], _median(point, digits=2), _over(point), _over(best)]
+                body.append(row)
     return _table(head, body)
 
 
@@ -147,58 +200,39 @@ def occupancy() -> str:
 
 
 def machine() -> str:
-    """What the other figures were measured on."""
-    return _environment("density_sweep.json")
+    """What the networks were measured on."""
+    return _environment("networks.json")
 
 
 def _environment(results: str) -> str:
     env = _load(results)["environment"]
-    names = ("cpu", "cores", "threads", "engine", "torch", "spikingjelly", "python", "sparseflow", "commit")
+    names = ("cpu", "cores", "threads", "engine", "torch", "spikingjelly", "snntorch", "python", "sparseflow", "commit")
     return _table(["", "value"], [[name, str(env.get(name, ""))] for name in names])
 
 
-def _block_sparse(network: bool) -> list[dict]:
-    """Points of pruned networks or layers, one a case and spike density, with the speedup over every baseline."""
-    path = _ROOT / "benchmarks" / "results" / "block_sparse.json"
-    points = json.loads(path.read_text())["points"] if path.exists() else []
-    cases: dict[tuple, dict] = {}
-    for point in points:
-        if ("accuracy" in point["config"]) == network:
-            case = cases.setdefault((point["case"], point["rho"]), {**point, "over": {}})
-            both = point["baseline_value"] and point["value"]
-            case["over"][point["baseline"]] = f"{both[1] / point['value'][1]:.2f}x" if both else "red gate"
-    return list(cases.values())
-
-
-_BLOCK_BASELINES = ("compiled fp32, same pruned net", "level 2 of the unpruned net")
-
-
-def block_sparse() -> str:
+def pruned_networks() -> str:
     """Networks pruned in blocks: accuracy on the way, and what skipping blocks brings."""
     stages = {"accuracy": "before", "accuracy_pruned": "pruned", "accuracy_fine_tuned": "fine-tuned"}
-    head = [
-        "network",
-        *(f"accuracy {name}" for name in stages.values()),
-        *(f"over {name}" for name in _BLOCK_BASELINES),
-    ]
+    over = ("eager", "compiled fp32", "level 2 before pruning")
+    head = ["network", *(f"accuracy {name}" for name in stages.values()), *(f"over {name}" for name in over)]
     body = []
-    for case in _block_sparse(network=True):
-        accuracies = [f"{case['config'][key]:.1%}" for key in stages]
-        body.append([case["case"], *accuracies, *(case["over"].get(name, "") for name in _BLOCK_BASELINES)])
-    return _table(head, body or [["not measured yet", *[""] * (len(head) - 1)]])
+    for (name,), found in _points("networks.json", "pruned").items():
+        point = next(iter(found.values()))
+        if "accuracy" in point["config"]:
+            accuracies = [f"{point['config'][key]:.1%}" for key in stages]
+            body.append([name, *accuracies, *(_over(found.get(f"level 2, pruned over {base}")) for base in over)])
+    return _table(head, body)
 
 
-_BLOCK_LAYER_BASELINES = ("best dense fp32", "events, blocks not skipped")
-
-
-def block_sparse_layers() -> str:
-    """Single layers with zero blocks: speedup over dense and over event kernels that do not look at blocks."""
-    head = ["layer", "spike density", *(f"over {name}" for name in _BLOCK_LAYER_BASELINES)]
-    body = []
-    for case in _block_sparse(network=False):
-        over = [case["over"].get(name, "") for name in _BLOCK_LAYER_BASELINES]
-        body.append([case["case"], f"{case['rho']:.0%}", *over])
-    return _table(head, body or [["not measured yet", *[""] * (len(head) - 1)]])
+def pruned_layers() -> str:
+    """Single layers with zero blocks: over dense, and over the sparse layer with all its weights."""
+    over = (_BEST, "sparse layer with all its weights")
+    cases: dict[tuple, dict[str, dict]] = {}
+    for point in _load("networks.json")["points"]:
+        if point["suite"] == "pruned" and "density set" in point["config"]:
+            cases.setdefault((point["case"], point["rho"]), {})[point["baseline"]] = point
+    head = ["layer", "spike density", *(f"over {name}" for name in over)]
+    return _table(head, [[n, f"{rho:.0%}", *(_over(f.get(b)) for b in over)] for (n, rho), f in cases.items()])
 
 
 _OCCUPANCIES, _EVENT_DENSITIES = (0.0, 0.1, 0.34, 0.56, 1.0), (0.001, 0.01)
@@ -253,15 +287,18 @@ def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]
 
 
 TABLES = {
-    "block_sparse": block_sparse,
-    "block_sparse_layers": block_sparse_layers,
     "cpu_kernels": cpu_kernels,
-    "fused": fused,
     "fused_machine": fused_machine,
     "fused_flips": fused_flips,
-    "density_sweep": density_sweep,
+    "layers": layers,
     "machine": machine,
+    "memory": memory,
+    "networks": networks,
     "occupancy": occupancy,
+    "peers": peers,
+    "predecessor": predecessor,
+    "pruned_layers": pruned_layers,
+    "pruned_networks": pruned_networks,
     "gpu_goals": gpu_goals,
     "roofline_float16": roofline_float16,
     "roofline_float32": roofline_float32,

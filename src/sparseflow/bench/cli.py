@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ PAGE = "report.html"
 _REPEATS, _QUICK_REPEATS = 25, 3
 _NOT_QUICK = "peers"  # installs other libraries in environments of their own
 _INTERRUPTED = 130
-_OF_SUITES = ("out", "suite", "quick", "fresh", "only", "no_compile", "seed", "compare")
+_OF_SUITES = ("out", "suite", "quick", "fresh", "only", "no_compile", "seed", "compare", "peers_env")
 _OF_MODELS = ("device", "backend")
 
 
@@ -38,6 +39,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--fresh", action="store_true", default=None, help="start over instead of taking up the run")
     no_compile = "leave torch.compile out (minutes a network); no model then has its strongest baseline"
     group.add_argument("--no-compile", action="store_true", default=None, help=no_compile)
+    peers_env = "folder for the environments of peers (default: below the user's cache)"
+    group.add_argument("--peers-env", type=Path, metavar="DIR", help=peers_env)
     group.add_argument("--seed", type=int, help="of the generators (default: 0)")
     compare = "run quick cases of another commit and of this one in alternation, and print the ratios of their times"
     group.add_argument("--compare", metavar="BASE", help=compare)
@@ -64,6 +67,8 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Run suites or the comparison. Returns 0, 1 where a gate is red or a case failed, 130 where it was interrupted."""
     options = _options(args)
+    if args.peers_env is not None:
+        os.environ["SPARSEFLOW_PEERS_DIR"] = str(args.peers_env.resolve())  # cases run in processes that inherit it
     if args.compare is not None:
         return commits.compare(args.compare, options, suites=args.suite, only=args.only or "", as_json=args.json)
     run = Run(args.out or OUT, options, fresh=bool(args.fresh), only=args.only or "")
