@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import subprocess
 import sys
 
+from sparseflow.bench.records import Results
 from sparseflow.bench.suites.shapes import DENSITIES, SHAPES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -18,7 +18,10 @@ def test_tables_are_those_of_the_results():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_committed_sweep_is_complete_and_correct():
-    rows = json.loads((ROOT / "benchmarks/results/density_sweep.json").read_text())["rows"]
-    assert {(row["shape"], row["density"]) for row in rows} == {(s.name, d) for s in SHAPES for d in DENSITIES}
-    assert all(row["correct"] for row in rows)
+def test_committed_results_are_complete_and_green():
+    layers = Results.load(ROOT / "benchmarks/results/layers.json")
+    found = {(point.case, point.config["density set"]) for point in layers.points if point.suite == "layers"}
+    assert found == {(shape.name, density) for shape in SHAPES for density in DENSITIES}
+    networks = Results.load(ROOT / "benchmarks/results/networks.json")
+    assert {point.suite for point in networks.points} >= {"models"}
+    assert all(point.gate.green for point in (*layers.points, *networks.points))

@@ -181,7 +181,7 @@ def test_the_plan_covers_what_the_documentation_promises():
         (layer.name, rows) for layer in LINEAR for rows in (1, 4, 32)
     }
     titles = {cell.name for cell in models.cells(FakeTimer(), CPU)}
-    assert len(titles) == 7 * 3
+    assert len(titles) == 2 * 7 * 3  # layer by layer, and fused
 
 
 # Processes that crash or hang
