@@ -115,7 +115,7 @@ def peers() -> str:
             found.setdefault((point["case"], point["kernel"]), {})[density] = _median(point, digits=3)
     head = ["product", "contender; ms", *(f"{density:.0%} spikes" for density in densities)]
     body = [[*names, *(times.get(density, "") for density in densities)] for names, times in found.items()]
-    return _table(head, body)
+    return _table(head, body) if body else "Not measured yet on a quiet machine.\n"
 
 
 def fused_flips() -> str:

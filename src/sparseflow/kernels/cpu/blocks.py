@@ -104,7 +104,7 @@ class NativeBlockOps:
         neuron: Dynamics | None,
         steps: int,
     ) -> PreparedConv:
-        """:meth:`conv` for the very same buffers again and again, into a result of its own."""
+        """:meth:`conv` again and again, into a result that lies in the same memory at every call."""
         return PreparedConv(x, packed, geometry, variant, epilogue, neuron, steps)
 
     def chain(self, size: int) -> NativeChain:
