@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from multiprocessing.connection import Connection
@@ -81,12 +83,20 @@ def _end(process: BaseProcess) -> None:
 def _child(sender: Connection, suite: str, case: str, options: Options, log: str) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
+        threading.Thread(target=_end_with_reader, args=(sender.fileno(),), daemon=True).start()
     with open(log, "a", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         print(f"== {suite}: {case}", file=sys.stderr, flush=True)
         sender.send(measure_here(suite, case, options))
-        sender.close()
+
+
+def _end_with_reader(pipe: int) -> None:
+    """Kill this process's group once nobody reads its pipe: a case that outlives its run would disturb the next one."""
+    watch = select.poll()
+    watch.register(pipe, 0)  # errors only, of which a reader that is gone is one
+    watch.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def measure_here(suite: str, case: str, options: Options) -> Outcome:
