@@ -130,12 +130,15 @@ def _alias(x: Tensor) -> Tensor:
 class TorchOps:
     """Blocks in PyTorch's operations, which look at no value."""
 
-    name, pool = "torch", None
+    name, pool, pools_sums = "torch", None, False
 
     def pack_weight(self, weight, geometry, variant):
         return weight.clone()
 
-    def variants(self, geometry, steps):
+    def weight_share(self, weight, geometry):
+        return 1.0
+
+    def variants(self, geometry, steps, weight_share=1.0):
         return ("plain",)
 
     def conv(self, x, packed, geometry, variant, epilogue, neuron, state, steps):

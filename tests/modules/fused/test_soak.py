@@ -44,7 +44,7 @@ def tensors() -> int:
 
 
 def pooled(model: nn.Module) -> int:
-    return sum(map(len, program(model).pool._free.values()))
+    return sum(map(len, program(model).ops.pool._free.values()))
 
 
 def resident_kib() -> int:

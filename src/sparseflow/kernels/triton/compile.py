@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import multiprocessing
 import re
 import subprocess
@@ -225,8 +226,8 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def covering(launches: Iterable[Launch]) -> list[Launch]:
-    """A small subset in which every constant's value, every specialised argument and every warp and stage count of each
-    kernel occurs at least once: greedily, the launch that adds most comes next.
+    """A small subset in which every constant's value, every size of a tile, every specialised argument and every warp
+    and stage count of each kernel occurs at least once: greedily, the launch that adds most comes next.
 
     >>> covering([])
     []
@@ -244,7 +245,8 @@ def covering(launches: Iterable[Launch]) -> list[Launch]:
 
 def _features(launch: Launch) -> set[tuple[Any, ...]]:
     name, warps, stages, constants, arguments = signature(launch)
-    return {(name, *pair) for pair in (("warps", warps), ("stages", stages), *constants, *arguments)}
+    rows = math.prod(value for constant, value in launch.constants.items() if constant.startswith("TILE_"))
+    return {(name, *pair) for pair in (("warps", warps), ("stages", stages), ("rows", rows), *constants, *arguments)}
 
 
 @dataclasses.dataclass(frozen=True)
