@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spikingjelly.activation_based import neuron
 
 import sparseflow
 from sparseflow.bench.records import Layer, Phase, Point, Scope
@@ -103,9 +104,12 @@ class TestWorkloads:
 
     def test_one_size_changes_along_an_axis(self):
         made = dict(scaling.everything())
-        assert made["convolutional, T 2"]().inputs[0].shape == (2, 1, 1, 32, 32)
+        assert made["convolutional, T 16"]().inputs[0].shape == (16, 1, 1, 32, 32)
         assert made["convolutional, resolution 16"]().inputs[0].shape == (4, 1, 1, 16, 16)
         assert made["recurrent, batch 4"]().inputs[0].shape == (8, 4, 1024)
+        for kind in ("feed-forward", "recurrent"):
+            net = made[f"{kind}, depth 4"]().build()
+            assert sum(isinstance(module, neuron.LIFNode) for module in net.modules()) == 4
 
     def test_stand_in_where_there_is_no_checkpoint(self, monkeypatch, tmp_path):
         monkeypatch.setattr(nets.from_checkout("benchmarks.trained"), "CHECKPOINT", tmp_path / "none.pt")

@@ -59,13 +59,13 @@ class RecurrentNet(nn.Module):
         return torch.stack(outputs)
 
 
-def recurrent_net(width: int) -> nn.Module:
+def recurrent_net(width: int, depth: int = _DEPTH) -> nn.Module:
     """In single-step mode, as its forward calls it.
 
     >>> recurrent_net(8)(torch.zeros(4, 2, 8)).shape
     torch.Size([4, 2, 10])
     """
-    return RecurrentNet(width).eval()
+    return RecurrentNet(width, depth).eval()
 
 
 class SnnTorchDense(nn.Module):

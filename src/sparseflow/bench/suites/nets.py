@@ -183,26 +183,34 @@ def _firing_snntorch_net(width: int, x: Tensor) -> nn.Module:
 
 
 def fully_connected(
-    width: int, *, recurrent: bool, batch: int, steps: int, density: float, count: int = 4, name: str = ""
+    width: int,
+    *,
+    recurrent: bool,
+    batch: int,
+    steps: int,
+    density: float,
+    depth: int = 2,
+    count: int = 4,
+    name: str = "",
 ) -> Workload:
-    """Two hidden layers of LIF neurons, each ``width`` wide and with or without recurrent weights, on spike trains.
+    """``depth`` hidden layers of LIF neurons, ``width`` wide and with or without recurrent weights, on spike trains.
 
     Inputs ``[T, batch, width]`` are independent spikes of the same ``density`` that every hidden layer is set to.
     """
     generator = torch.Generator().manual_seed(width)
     inputs = tuple((torch.rand(steps, batch, width, generator=generator) < density).float() for _ in range(count))
     kind = "recurrent" if recurrent else "feed-forward"
-    config = {"width": width, "batch": batch, "T": steps, "depth": 2, "net": kind}
-    build = functools.partial(_firing_dense_net, width, recurrent, inputs[0], density)
+    config = {"width": width, "batch": batch, "T": steps, "depth": depth, "net": kind}
+    build = functools.partial(_firing_dense_net, width, depth, recurrent, inputs[0], density)
     return Workload(name or f"{kind}, width {width}", config | {"activity": "stand-in"}, build, inputs)
 
 
-def _firing_dense_net(width: int, recurrent: bool, x: Tensor, density: float) -> nn.Module:
+def _firing_dense_net(width: int, depth: int, recurrent: bool, x: Tensor, density: float) -> nn.Module:
     from .baselines import reset_spikingjelly
     from .loops import feed_forward, recurrent_net
     from .stand_ins import fire_in_order, fire_like_trained
 
     torch.manual_seed(0)
     if recurrent:
-        return fire_in_order(recurrent_net(width), x, density, reset_spikingjelly)
-    return fire_like_trained(feed_forward(width), x, density)
+        return fire_in_order(recurrent_net(width, depth), x, density, reset_spikingjelly)
+    return fire_like_trained(feed_forward(width, depth), x, density)

@@ -1,7 +1,7 @@
-"""How the time of a call grows with width, T, batch and resolution: dense against level 2.
+"""How the time of a call grows with width, depth, T, batch and resolution: dense against level 2.
 
-Fully connected networks, feed-forward and recurrent, on spike trains along width, batch and T; a convolutional one (the
-trained digits net of a source checkout, elsewhere SpikingJelly's ResNet-18 as a stand-in) along T, batch and
+Fully connected networks, feed-forward and recurrent, on spike trains along width, depth, batch and T; a convolutional
+one (the trained digits net of a source checkout, elsewhere SpikingJelly's ResNet-18 as a stand-in) along T, batch and
 resolution. One size changes at a time. Every point passes the gate of :mod:`sparseflow.bench.suites.gate` first.
 """
 
@@ -17,10 +17,10 @@ from .baselines import Workload
 
 SUITE = "scaling"
 WIDTHS = (256, 512, 1024, 2048, 4096)
-DENSE_AXES = {"batch": (1, 4, 16, 64), "T": (4, 8, 16, 32)}
-CONV_AXES = {"T": (1, 2, 4, 8, 16, 32), "batch": (1, 2, 4, 8, 16, 32), "resolution": (16, 32, 64, 128)}
+DENSE_AXES = {"batch": (1, 4, 16, 64), "T": (1, 4, 16, 64), "depth": (1, 2, 4, 8)}
+CONV_AXES = {"T": (1, 4, 16, 64), "batch": (1, 4, 16, 32), "resolution": (16, 32, 64, 128)}
 DENSITY = 0.05
-_WIDTH, _STEPS = 1024, 8
+_WIDTH, _STEPS, _DEPTH = 1024, 8, 2
 _QUICK_WIDTHS = (256, 512)
 _KINDS = {"feed-forward": False, "recurrent": True}
 
@@ -57,7 +57,7 @@ def everything() -> Iterator[nets.Made]:
 
 
 def _dense(kind: str, **size: int) -> Iterator[nets.Made]:
-    sizes = {"width": _WIDTH, "batch": 1, "T": _STEPS} | size
+    sizes = {"width": _WIDTH, "batch": 1, "T": _STEPS, "depth": _DEPTH} | size
     name = f"{kind}, " + ", ".join(f"{axis} {value}" for axis, value in size.items())
     make = functools.partial(
         nets.fully_connected,
@@ -66,6 +66,7 @@ def _dense(kind: str, **size: int) -> Iterator[nets.Made]:
         batch=sizes["batch"],
         steps=sizes["T"],
         density=DENSITY,
+        depth=sizes["depth"],
         name=name,
     )
     yield name, make
