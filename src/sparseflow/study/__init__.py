@@ -1,1 +1,1 @@
-"""From training choices to hardware cost: train a grid of networks, count their spikes, measure and predict their cost."""
+"""From training choices to hardware cost: train a grid of networks, count spikes, measure and predict their cost."""

@@ -1,7 +1,7 @@
 """What a study leaves behind: one :class:`Net` for every trained network, which all its parts write and read.
 
-Spikes are counts per image and time step, densities and accuracies are shares in 0..1, times are milliseconds with their
-20 %, 50 % and 80 % quantile, cycles are clock cycles per image. ``None`` means not measured.
+Spikes are counts per image and time step, densities and accuracies are shares in 0..1, times are milliseconds with
+their 20 %, 50 % and 80 % quantile, cycles are clock cycles per image. ``None`` means not measured.
 """
 
 from __future__ import annotations
