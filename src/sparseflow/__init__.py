@@ -23,9 +23,11 @@ from .observe import profile, verify
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
 from .pruning import PruningRecord, keep_zero_blocks, prune_blocks
 from .stepping import run
+from .temporal import AggregatedModel, aggregate
 from .version import __version__
 
 __all__ = [
+    "AggregatedModel",
     "BackendUnavailableError",
     "BlockPlan",
     "Calibration",
@@ -43,6 +45,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "accelerate",
+    "aggregate",
     "analyze",
     "calibrate",
     "disabled",
