@@ -45,7 +45,7 @@ def test_noise_on_top_lowers_the_share_and_does_not_hide_it():
 
 
 def test_rows_without_an_image():
-    x = torch.zeros(16, 4, 32)
+    x = torch.zeros(16, 64, 32)
     for t in range(16):
         x[t, :, 2 * t : 2 * t + 4] = 1
     assert time_share(x) > 0.5
@@ -57,6 +57,6 @@ def test_nothing_changes(x):
 
 
 def test_flicker_of_all_values_together():
-    x = torch.ones(16, 2, 1, 8, 8)
+    x = torch.ones(16, 32, 1, 8, 8)
     x[::2] = 0
     assert time_share(x) > 0.7

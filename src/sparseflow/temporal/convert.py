@@ -134,7 +134,7 @@ class _Search:
         validate: Validate | None,
         max_drop: float,
     ):
-        self.model = copy.deepcopy(model)
+        self.model = _deepcopy(model)
         raise_layers(self.model)
         self.model.eval()
         self.args, self.kwargs, self.max_drop = args, kwargs, max_drop
@@ -335,6 +335,13 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.found[n.name] = super().run_node(n)
         return self.found[n.name]
+
+
+def _deepcopy(model: nn.Module) -> nn.Module:
+    """A copy also of a model whose neurons hold a state that gradients flow through, which PyTorch does not copy."""
+    held = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    memo = {id(leaf): leaf.detach().clone() for leaf in held if not leaf.is_leaf}
+    return copy.deepcopy(model, memo)
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:

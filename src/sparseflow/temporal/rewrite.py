@@ -200,10 +200,6 @@ class Checked(fx.Interpreter):
         if kept:
             self.short[n] = kept[0]
 
-    @property
-    def submodules(self) -> dict[str, nn.Module]:
-        return dict(self.module.named_modules())
-
 
 def _has_frames(value: Any, steps: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] % steps == 0
