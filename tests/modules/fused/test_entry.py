@@ -12,6 +12,7 @@ from sparseflow.plan import Path
 
 from .nets import (
     Net,
+    assert_equal,
     assert_twins,
     check,
     conv,
