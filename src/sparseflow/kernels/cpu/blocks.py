@@ -435,7 +435,15 @@ def _full_variants(geometry: ConvGeometry) -> tuple[Variant, ...]:
     if outputs <= 32:
         return (Variant(Structure.PIXELS, 16 if outputs <= 16 else 32),)
     found = (Variant(Structure.PIXELS, 32), Variant(Structure.PIXELS, 64), Variant(Structure.OUTPUTS, 64))
-    return found[::-1] if geometry.out_pixels == 1 else found
+    return (*_streamed(geometry), *found[::-1]) if geometry.out_pixels == 1 else found
+
+
+def _streamed(geometry: ConvGeometry) -> tuple[Variant, ...]:
+    """Variants of a linear layer that stream whole weight rows, and step the neuron behind: what few rows want."""
+    if geometry.groups > 1 or geometry.in_size != (1, 1, 1) or geometry.taps > 1:
+        return ()
+    sizes = (geometry.batch, geometry.in_channels, geometry.out_channels)
+    return tuple(v for v in engine.linear_variants(*sizes, torch.float32) if v.structure == Structure.ROWS)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ import torch  # noqa: F401  (must be loaded first: the engine then shares torch'
 
 from . import build
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 _log = logging.getLogger("sparseflow")
 
 

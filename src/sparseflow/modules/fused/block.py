@@ -18,7 +18,7 @@ from sparseflow.dispatch.sites import pruned_detail
 from sparseflow.dispatch.stats import LayerStats
 from sparseflow.frameworks import neuron_spec
 from sparseflow.graph.eligibility import layer_kind
-from sparseflow.graph.steps import Block
+from sparseflow.graph.steps import Block, Layout, Operand
 from sparseflow.kernels.blocks.records import BlockOps, Dynamics, Epilogue, State
 from sparseflow.kernels.blocks.reference import pooled
 from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_last
@@ -28,12 +28,16 @@ from sparseflow.plan import Crossover, LayerPlan, Path, Reason
 from .constants import geometry_of, kernel_weight, scale_and_shift
 from .state import NeuronMemory
 
+MAX_INPUT_DENSITY = 0.5
+"""Share of nonzeros from which on an input of zeros and ones counts as an image."""
+
 
 class BlockRun:
     """Executes one :class:`~sparseflow.graph.steps.Block`.
 
     A block on packed spikes runs event-driven up to its measured crossover, and above it a dense convolution in front
-    of the same neuron. A block on a dense tensor runs its layer, once where all time steps are equal, and the neuron.
+    of the same neuron. A block on a dense tensor runs its layer, once where all time steps are equal, and the neuron;
+    where that tensor holds spikes, as event streams do, they are packed here, and the block is one on packed spikes.
     ``private`` says of a dense result that only other blocks read it.
     """
 
@@ -49,6 +53,7 @@ class BlockRun:
         self.stats = LayerStats()
         self.policy: Policy | None = None
         self._share = 1.0
+        self._entry: int | None = None  # leading dimensions of a dense input that is packed here
         # A result that outlives the call, as a dense one may, cannot lie in the same memory at every call.
         self._can_prepare = hasattr(ops, "prepare") and (self.dynamics is not None or private)
         self.refresh()
@@ -98,11 +103,16 @@ class BlockRun:
     def __call__(self, source: Any, residual: Any, given: tuple[Any, ...]) -> Any:
         """The result: packed spikes, or a dense tensor where the block has no neuron."""
         state = self.begin(given)
-        if self.geometry is not None:
-            result = self._on_spikes(source, residual, state)
+        spikes = source if isinstance(source, PackedSpikes) else self._entered(source)
+        if spikes is not None:
+            result = self._on_spikes(spikes, residual, state)
         else:
             result = self._on_dense(source, self.epilogue(residual), state)
         return self.end(state, result)
+
+    def _entered(self, x: Tensor) -> PackedSpikes | None:
+        """A dense input packed, where the plan found spikes in it and it holds nothing else this time either."""
+        return None if self._entry is None else self.ops.pack(x, self._entry)
 
     def begin(self, given: tuple[Any, ...]) -> State | None:
         """The state that the neuron starts from."""
@@ -294,6 +304,31 @@ class BlockRun:
         self._packed = {v: packed for v, packed in self._packed.items() if v == self.policy.crossover.variant}
         if self.policy.sparse:
             self._dense_weight = None  # measured with, and perhaps never needed again
+
+    def plan_entry(self, config: RuntimeConfig, x: Any, residual: Any) -> None:
+        """The same for a dense ``x`` that is made of spikes, as event streams and rate-coded images are.
+
+        On a GPU nobody looks at the values of an input: that would wait for the device.
+        """
+        if self.layer is None or self.block.repeated or not self._can_prepare or not isinstance(x, Tensor) or x.is_cuda:
+            return
+        layout = self._layout_of(x)
+        packed = None if self._first_step(x) is not None else self.ops.pack(x, len(layout.lead))
+        if packed is None or not 0 < _spikes_of(packed) < MAX_INPUT_DENSITY * packed.numel:
+            return
+        self.block = dataclasses.replace(self.block, source=Operand(self.block.source.node, layout))
+        self.geometry = geometry_of(self.block, self.layer)
+        self.plan(config, packed, residual)
+        assert self.policy is not None
+        if self.policy.crossover.variant:
+            self._entry = len(layout.lead)
+        else:
+            self.policy, self.geometry = None, None
+
+    def _layout_of(self, x: Tensor) -> Layout:
+        """Of a dense input of the layer: ``[*lead, channels, *size]``."""
+        lead = x.dim() - max(1, self.layer.weight.dim() - 1)
+        return Layout(tuple(x.shape[:lead]), x.shape[lead], tuple(x.shape[lead + 1 :]))
 
     def fits(self) -> bool:
         """Whether the crossover is that of the weight as it is now: of as many zero blocks."""

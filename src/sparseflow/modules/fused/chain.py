@@ -58,8 +58,11 @@ class BoundBlock:
         self.leave(env, call(x, residual, given))
 
     def _scrutinised(self, x: Any, residual: Any, given: tuple[Any, ...]) -> Any:
-        if self.scrutiny.planning is not None and isinstance(x, PackedSpikes):
-            self.run.plan(self.scrutiny.planning, x, residual)
+        if self.scrutiny.planning is not None:
+            if isinstance(x, PackedSpikes):
+                self.run.plan(self.scrutiny.planning, x, residual)
+            else:
+                self.run.plan_entry(self.scrutiny.planning, x, residual)
         before = self.run.memory.peek(given) if self.run.memory is not None else ()
         result = self.run(x, residual, given)
         for observer in self.scrutiny.observers:

@@ -59,7 +59,7 @@ def _sums(block: BlockRun, source: Any) -> tuple[Tensor, Tensor]:
     if block.layer is None:
         sums = channels_last(source, source.dim() - 1 - len(block.block.layout.size)).double()
         return sums, torch.zeros_like(sums)
-    if block.geometry is None:
+    if block.geometry is None or not isinstance(source, PackedSpikes):
         return _dense_layer(block, source)
     g, weight = block.geometry, kernel_weight(block.layer, block.geometry)
     x = unpack(source).reshape(source.images, source.channels, *source.size)

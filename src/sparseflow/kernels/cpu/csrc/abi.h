@@ -4,9 +4,12 @@
 
 #include <stdint.h>
 
-#define SF_ABI_VERSION 4
+#define SF_ABI_VERSION 5
 
 enum SfType : int32_t { SF_F32 = 0, SF_BF16 = 1, SF_F16 = 2, SF_F64 = 3, SF_TYPES = 4 };
+
+// `width` of a linear layer inside a fused block whose weight rows are streamed, as SfLinear's are.
+#define SF_ROWS 1
 
 // One convolution, always with three spatial dimensions [D, H, W]; spikes are [batch, C, D, H, W].
 struct SfConv {

@@ -78,15 +78,21 @@ class BlockSink {
   const Fire fire_;
 };
 
+// Pixels that are staged together, so that they stay in L1, and the memory of all threads for it in bytes.
+SF_INLINE int64_t staged_pixels(const SfBlock& b) { return max(1, min(b.row_pixels, 4096 / max(1, b.channels))); }
+
+SF_INLINE int64_t dense_staging(const SfBlock& b, int threads) {
+  return threads * staged_pixels(b) * b.channels * int64_t(sizeof(float));
+}
+
 // Dense sums [images, map pixels, channels] (or [batch, ...], the same at every step) through all that follows.
 SF_INLINE int block_dense_rows(const SfBlock& b, const float* sums, int threads) {
   clear_counts(b);
   const Fire fire = find_fire(b.neuron);
   const int64_t per_image = b.pixels / b.row_pixels, rows = b.batch * per_image, row_floats = b.map[2] * b.channels;
-  const int64_t run_pixels = max(1, min(b.row_pixels, 4096 / max(1, b.channels)));  // what is staged stays in L1
-  const int64_t staged = run_pixels * b.channels;
+  const int64_t run_pixels = staged_pixels(b), staged = run_pixels * b.channels;
   const bool once = b.invariant && residual_kind(b) == kNoResidual;  // every step has the same currents
-  auto* memory = static_cast<float*>(sf_workspace(threads * staged * int64_t(sizeof(float))));
+  auto* memory = static_cast<float*>(sf_workspace(dense_staging(b, threads)));
   if (memory == nullptr) return 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; r++) {

@@ -32,8 +32,23 @@ int conv(const SfConv& p, const void* x, const uint64_t* bits, const uint32_t* r
   return Conv<T, DenseSink<T>>(p, elements, bits, row_counts, packed, bias, sink, graded != 0, threads).run();
 }
 
+// Few rows of a linear layer: its weight rows are streamed, and what follows the sums has its turn when all are there.
+int block_rows(const SfConv& p, const SfBlock& block, const uint64_t* bits, const uint32_t* row_counts,
+               const uint8_t* counts, const float* packed, int threads) {
+  const SfLinear rows{p.batch, p.in_channels, p.out_channels, p.block, p.slab, SF_F32};
+  Linear<Float32, uint8_t> linear(rows, counts, bits, row_counts, packed, nullptr, counts != nullptr, threads);
+  // Both parts take the workspace from its beginning; the sums lie behind.
+  const int64_t shared = (max(linear.bytes(), dense_staging(block, threads)) + 63) / 64 * 64;
+  auto* memory = static_cast<char*>(sf_workspace(shared + p.batch * p.out_channels * int64_t(sizeof(float))));
+  if (memory == nullptr) return 1;
+  auto* sums = reinterpret_cast<float*>(memory + shared);
+  const int status = linear.run(sums);
+  return status != 0 ? status : block_dense_rows(block, sums, threads);
+}
+
 int block_conv(const SfConv& p, const SfBlock& block, const uint64_t* bits, const uint32_t* row_counts,
                const uint8_t* counts, const float* packed, const int32_t* index, int threads) {
+  if (p.width == SF_ROWS) return block_rows(p, block, bits, row_counts, counts, packed, threads);
   const BlockSink sink(block);
   SfConv fitted = p;
   fitted.tile = max(1, p.tile / sink.column_multiple()) * sink.column_multiple();
@@ -77,7 +92,7 @@ template <class T>
 int linear(const SfLinear& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
             const int32_t* index, const void* bias, void* out, int graded, int threads) {
   if (index != nullptr) return BlockRows<T>(p, x, bits, packed, index, bias, out, graded != 0, threads).run();
-  return Linear<T>(p, x, bits, row_counts, packed, bias, out, graded != 0, threads).run();
+  return Linear<T>(p, x, bits, row_counts, packed, bias, graded != 0, threads).run(out);
 }
 
 }  // namespace sparseflow::SF_NAMESPACE

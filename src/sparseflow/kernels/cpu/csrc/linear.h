@@ -10,7 +10,8 @@
 
 namespace sparseflow::SF_NAMESPACE {
 
-template <class T>
+// `Input` is what graded spikes are read as: the layer's own elements, or counts.
+template <class T, class Input = typename T::Element>
 class Linear {
   using Element = typename T::Element;
   using Acc = typename T::Acc;
@@ -22,14 +23,13 @@ class Linear {
 
  public:
   Linear(const SfLinear& p, const void* x, const uint64_t* bits, const uint32_t* row_counts, const void* packed,
-         const void* bias, void* out, bool graded, int threads)
+         const void* bias, bool graded, int threads)
       : p_(p),
-        x_(static_cast<const Element*>(x)),
+        x_(static_cast<const Input*>(x)),
         bits_(bits),
         row_counts_(row_counts),
         packed_(static_cast<const char*>(packed)),
         bias_source_(bias),
-        out_(static_cast<Element*>(out)),
         graded_(graded),
         threads_(threads),
         words_(ceil_div(p.in_features, 64)),
@@ -44,11 +44,17 @@ class Linear {
     for (int64_t r = 0; r < p_.rows; r++) events_ += row_counts_[r];
   }
 
-  int run() {
+  // Of workspace, that run() takes.
+  int64_t bytes() {
     Arena sizes(nullptr);
     place(sizes);
-    void* memory = sf_workspace(sizes.used());
+    return sizes.used();
+  }
+
+  int run(void* out) {
+    void* memory = sf_workspace(bytes());
     if (memory == nullptr) return 1;
+    out_ = static_cast<Element*>(out);
     Arena arena(memory);
     place(arena);
     pad_bias<T>(bias_source_, 1, p_.out_features, blocks_ * p_.block, bias_);
@@ -77,7 +83,7 @@ class Linear {
     for (int64_t w = 0; w < words_; w++) {
       if (w % p_.slab == 0) *starts++ = uint32_t(entry - entries_);
       const uint64_t bits = bits_[r * words_ + w];
-      if (graded_) value = append_values<T>(bits, x_ + r * p_.in_features + 64 * w, 1, value);
+      if (graded_) value = append_values<T, Input>(bits, x_ + r * p_.in_features + 64 * w, 1, value);
       entry = append_events(bits, uint32_t(64 * w * row_bytes_), uint32_t(row_bytes_), entry);
     }
     *starts = uint32_t(entry - entries_);
@@ -160,16 +166,16 @@ class Linear {
   }
 
   const SfLinear& p_;
-  const Element* x_;
+  const Input* x_;
   const uint64_t* bits_;
   const uint32_t* row_counts_;
   const char* packed_;
   const void* bias_source_;
-  Element* out_;
   const bool graded_;
   const int threads_;
   const int64_t words_, slabs_, blocks_, row_bytes_;
   int64_t events_, item_columns_, block_items_;
+  Element* out_ = nullptr;
   Acc* bias_;
   uint32_t* entries_;
   Acc* values_;
