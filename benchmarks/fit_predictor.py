@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from sparseflow.bench.suites.baselines import Workload
 from sparseflow.bench.suites.shapes import SHAPES
 from sparseflow.study.predictor import (
     FILE,
-    Model,
+    LayerModels,
     Point,
     Predictor,
     accelerated_net_terms,
@@ -42,6 +43,7 @@ from sparseflow.study.shapes import LayerCall, NetCall, trace
 RESULTS = pathlib.Path(__file__).parent / "results"
 LAYERS, NETWORKS, FUSED, CALLS = (f"{name}.json" for name in ("layers", "networks", "fused", "net_calls"))
 _EAGER, _FUSED = "eager", "level 2"
+_SUITES = ("models", "scaling")
 Calls = dict[str, tuple[NetCall, dict[str, float]]]
 
 
@@ -73,22 +75,26 @@ def layer_points(record: dict[str, Any]) -> tuple[list[Point], list[Point]]:
 
 
 def measured_networks() -> Iterator[tuple[str, float, float]]:
-    """Case, eager and fused median in ms. A network that was measured on two days is there twice."""
+    """Case, eager and fused time in ms: medians, and of a network that was measured on several days their median."""
+    found: dict[str, list[tuple[float, float]]] = {}
     for point in _load(NETWORKS)["points"]:
-        if (point["suite"], point["kernel"], point["baseline"]) == ("models", _FUSED, _EAGER) and point["value"]:
-            yield point["case"], point["baseline_value"][1], point["value"][1]
+        if point["suite"] in _SUITES and (point["kernel"], point["baseline"]) == (_FUSED, _EAGER) and point["value"]:
+            found.setdefault(point["case"], []).append((point["baseline_value"][1], point["value"][1]))
     for row in _load(FUSED)["rows"]:
         if row["green"]:
-            yield row["case"], row["ms"][_EAGER][1], row["ms"][_FUSED][1]
+            found.setdefault(row["case"], []).append((row["ms"][_EAGER][1], row["ms"][_FUSED][1]))
+    for case, times in found.items():
+        eager, fused = zip(*times, strict=True)
+        yield case, statistics.median(eager), statistics.median(fused)
 
 
-def net_points(calls: Calls, layer: Model) -> tuple[list[Point], list[Point]]:
+def net_points(calls: Calls, models: LayerModels) -> tuple[list[Point], list[Point]]:
     """Eager and accelerated times of the networks; a case is a network at one size."""
     dense, accelerated = [], []
     for case, eager_ms, fused_ms in measured_networks():
         net, densities = calls[case]
-        dense.append(Point(case, dense_net_terms(net, layer), eager_ms))
-        accelerated.append(Point(case, accelerated_net_terms(net, densities, layer), fused_ms))
+        dense.append(Point(case, dense_net_terms(net, models), eager_ms))
+        accelerated.append(Point(case, accelerated_net_terms(net, densities, models), fused_ms))
     return dense, accelerated
 
 
@@ -99,7 +105,7 @@ def read_calls() -> Calls:
 
 def _call_of(record: dict[str, Any]) -> tuple[NetCall, dict[str, float]]:
     layers = tuple(LayerCall(_shape_of(layer["shape"]), layer["rows"], layer["calls"]) for layer in record["layers"])
-    return NetCall(layers, record["neuron_updates"], record["neuron_steps"]), record["densities"]
+    return NetCall(layers, record["neuron_steps"]), record["densities"]
 
 
 def _shape_of(record: dict[str, Any]) -> LayerShape:
@@ -111,9 +117,9 @@ def _shape_of(record: dict[str, Any]) -> LayerShape:
 
 def trace_networks() -> dict[str, Any]:
     """Layers of every measured network in its first input, and their densities over all its inputs."""
-    from sparseflow.bench.suites import models
+    from sparseflow.bench.suites import models, scaling
 
-    makers: dict[str, Callable[[], Workload]] = dict(models.everything())
+    makers: dict[str, Callable[[], Workload]] = dict([*models.everything(), *scaling.everything()])
     cases = dict.fromkeys(case for case, _, _ in measured_networks())
     return {"networks": {case: _traced(makers[case]()) for case in cases}}
 
@@ -123,8 +129,7 @@ def _traced(workload: Workload) -> dict[str, Any]:
     workload.reset(net)
     call = trace(net, workload.inputs[0])
     densities = _densities(net, workload)
-    for first in call.names[:1]:  # reads the image: no spikes
-        densities.pop(first)
+    del densities[call.names[0]]  # reads the input of the model, which accelerate does not take for spikes
     return dataclasses.asdict(call) | {"densities": densities}
 
 
@@ -157,12 +162,12 @@ def _densities(net: nn.Module, workload: Workload) -> dict[str, float]:
 def fit_predictor() -> Predictor:
     """The predictor of the committed results."""
     record = _load(LAYERS)
-    dense_layer, sparse_layer = map(fitted, layer_points(record))
-    dense_net, accelerated_net = map(fitted, net_points(read_calls(), dense_layer))
+    layers = LayerModels(*map(fitted, layer_points(record)))
+    nets = map(fitted, net_points(read_calls(), layers))
     environment = record["environment"]
     machine = {name: environment[name] for name in ("cpu", "cores", "threads", "engine", "torch", "system")}
     sources = tuple(map(_source, (LAYERS, NETWORKS, FUSED, CALLS)))
-    return Predictor(machine, sources, dense_layer, sparse_layer, dense_net, accelerated_net)
+    return Predictor(machine, sources, *layers, *nets)
 
 
 def _source(name: str) -> dict[str, str]:

@@ -44,14 +44,14 @@ def test_multi_step_network_has_time_in_its_rows():
     call = trace(multi_step(), torch.zeros(4, 3, 2, 8, 8))
     conv = LayerShape("0", 2, 4, (3, 3), (2, 2), (1, 1), in_size=(8, 8), out_size=(4, 4))
     assert call.layers == (LayerCall(conv, 12), LayerCall(LayerShape("3", 64, 10), 12))
-    assert call.neuron_updates == 12 * (64 + 10)
+    assert [each.outputs for each in call.layers] == [12 * 64, 12 * 10]
     assert call.neuron_steps == 2 * 4
 
 
 def test_loop_over_time_calls_a_layer_at_each_step():
     call = trace(Loop(), torch.zeros(6, 8))
     assert call.layers == (LayerCall(LayerShape("fc", 8, 3), rows=6, calls=5),)
-    assert (call.neuron_updates, call.neuron_steps) == (5 * 6 * 3, 5)
+    assert (call.layers[0].outputs, call.neuron_steps) == (5 * 6 * 3, 5)
 
 
 def test_model_is_as_before():

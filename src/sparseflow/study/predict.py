@@ -21,7 +21,7 @@ from .predictor import (
     accelerated_net_terms,
     call_of,
     dense_net_terms,
-    dense_terms,
+    eager_terms,
     fused_terms,
     shipped,
 )
@@ -56,9 +56,10 @@ class LayerPrediction:
 class Prediction:
     """Cost of one call of a network, predicted.
 
-    Times are ms. ``rest_dense_ms`` and ``rest_accelerated_ms`` are what a network takes beside its layers (neurons, and
-    calls between them). ``dense_error`` and ``accelerated_error`` say how far such predictions were from measurements
-    that they were not fitted to, ``None`` where nothing was measured, and ``note`` what the figures are.
+    Times are ms; a layer's on a CPU hold what runs on its outputs (norms, pools, neurons). ``rest_dense_ms`` and
+    ``rest_accelerated_ms`` are what the network takes beside: the steps of its neurons, the call. ``dense_error`` and
+    ``accelerated_error`` say how far such predictions were from measurements that they were not fitted to, ``None``
+    where nothing was measured, and ``note`` what the figures are.
     """
 
     hardware: str
@@ -206,8 +207,8 @@ def _on_cpu(net: NetCall, shares: dict[str, float]) -> Prediction:
     return Prediction(
         f"{machine['cpu']}, {machine['threads']} threads",
         layers,
-        dense.ms(dense_net_terms(rest, fitted.dense_layer)),
-        accelerated.ms(accelerated_net_terms(rest, {}, fitted.dense_layer)),
+        dense.ms(dense_net_terms(rest, fitted.layers)),
+        accelerated.ms(accelerated_net_terms(rest, {}, fitted.layers)),
         "Predicted by costs fitted on this machine; another one has others. Dense is the model as it is (eager).",
         dense.error,
         accelerated.error,
@@ -215,9 +216,9 @@ def _on_cpu(net: NetCall, shares: dict[str, float]) -> Prediction:
 
 
 def _cpu_layer(call: LayerCall, density: float, fitted: Predictor) -> LayerPrediction:
-    dense_ms = call.calls * fitted.dense_layer.ms(dense_terms(call))
-    ways = {fitted.accelerated_net.ms(fused_terms(call, share, fitted.dense_layer)) for share in (density, 1.0)}
-    return LayerPrediction(call.shape.name, density, fitted.dense_net.ms({"layers": dense_ms}), min(ways))
+    dense_ms = fitted.dense_net.ms(eager_terms(call, fitted.layers))
+    ways = [fitted.accelerated_net.ms(fused_terms(call, share, fitted.layers)) for share in (density, 1.0)]
+    return LayerPrediction(call.shape.name, density, dense_ms, min(ways))
 
 
 def _on_h200(net: NetCall, shares: dict[str, float]) -> Prediction:

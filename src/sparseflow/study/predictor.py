@@ -79,14 +79,21 @@ class Point(NamedTuple):
 
 
 def dense_terms(call: LayerCall) -> Terms:
-    """Of one call of a dense layer. Convolutions and linear layers have their own cost a call and a weight.
+    """Of one call of a dense layer. Matrix products (not of a matrix and one vector) reorder their weights first.
 
     >>> dense_terms(LayerCall(LayerShape("fc", 128, 10), rows=4))["multiply-adds"]
     5120
     """
-    kind = "linear" if call.shape.linear else "convolution"
-    values = call.rows * (call.shape.inputs + call.shape.outputs)
-    return {f"{kind} call": 1, "multiply-adds": call.macs, f"{kind} weights": call.weights, "values": values}
+    shape = call.shape
+    product = call.rows * math.prod(shape.out_size) > 1
+    return {
+        "call": 1,
+        "convolution call": float(not shape.linear),
+        "multiply-adds": call.macs,
+        "weights": call.weights,
+        "weights reordered": float(product) * call.weights,
+        "values": call.rows * (shape.inputs + shape.outputs),
+    }
 
 
 def sparse_terms(call: LayerCall, density: float) -> Terms:
@@ -96,14 +103,21 @@ def sparse_terms(call: LayerCall, density: float) -> Terms:
     tap and word of input channels; a depthwise layer has a kernel without them.
     """
     shape = call.shape
-    windows = call.rows * math.prod(shape.out_size) * math.prod(shape.kernel) * _words(shape)
     return {
         "call": 1,
-        "additions": density * call.macs,
-        "weights read": call.weights * (1.0 - (1.0 - density) ** (call.rows * math.prod(shape.in_size))),
         "inputs": call.rows * shape.inputs,
         "outputs": call.rows * shape.outputs,
-        "windows": windows,
+        **_work(call, density),
+    }
+
+
+def _work(call: LayerCall, density: float) -> Terms:
+    """What spikes ask for: the same in a layer of its own and in a fused block, which converts no layouts."""
+    shape = call.shape
+    return {
+        "additions": density * call.macs,
+        "weights read": call.weights * (1.0 - (1.0 - density) ** (call.rows * math.prod(shape.in_size))),
+        "windows": call.rows * math.prod(shape.out_size) * math.prod(shape.kernel) * _words(shape),
     }
 
 
@@ -116,30 +130,44 @@ def _words(shape: LayerShape) -> int:
 # ---- terms of networks
 
 
-def dense_net_terms(net: NetCall, layer: Model) -> Terms:
-    """Of a call of the user's own network: what its layers take by the model of layers, and its neurons."""
-    layers = sum(layer.ms(dense_terms(call)) * call.calls for call in net.layers)
-    return {"layers": layers, "neuron updates": net.neuron_updates, "neuron steps": net.neuron_steps}
+class LayerModels(NamedTuple):
+    """The models of single layers, on which those of networks build."""
+
+    dense: Model
+    sparse: Model
 
 
-def fused_terms(call: LayerCall, density: float, layer: Model) -> Terms:
+def eager_terms(call: LayerCall, models: LayerModels) -> Terms:
+    """Of a layer in the user's own network. ``layer outputs`` go through norms, pools and neurons, in many passes."""
+    return {"layers": call.calls * models.dense.ms(dense_terms(call)), "layer outputs": call.outputs}
+
+
+def fused_terms(call: LayerCall, density: float, models: LayerModels) -> Terms:
     """Of a layer in an accelerated network, which takes all time steps in one call.
 
     At density 1 its input is no spikes, and it runs dense.
     """
+    at_once = LayerCall(call.shape, call.total_rows)
     if density >= 1.0:
-        return {"dense layers": layer.ms(dense_terms(call)) * call.calls}
-    at_once = sparse_terms(LayerCall(call.shape, call.total_rows), density)
-    return {"blocks": at_once.pop("call"), **at_once}
+        return {"dense layers": models.dense.ms(dense_terms(at_once)), "layer outputs": call.outputs}
+    return {"spikes": models.sparse.ms(_work(at_once, density)), "layer outputs": call.outputs}
 
 
-def accelerated_net_terms(net: NetCall, densities: Mapping[str, float], layer: Model) -> Terms:
+def dense_net_terms(net: NetCall, models: LayerModels) -> Terms:
+    """Of a call of the user's own network: its layers, and the steps of its neurons."""
+    return _sum({"neuron steps": net.neuron_steps}, *(eager_terms(call, models) for call in net.layers))
+
+
+def accelerated_net_terms(net: NetCall, densities: Mapping[str, float], models: LayerModels) -> Terms:
     """Of a call of an accelerated network; layers that ``densities`` leaves out have no spikes as input."""
-    found = {"call": 1.0, "neuron updates": float(net.neuron_updates)}
-    for call in net.layers:
-        for name, amount in fused_terms(call, densities.get(call.shape.name, 1.0), layer).items():
-            found[name] = found.get(name, 0.0) + amount
-    return found
+    shares = (densities.get(call.shape.name, 1.0) for call in net.layers)
+    fused = (fused_terms(call, share, models) for call, share in zip(net.layers, shares, strict=True))
+    return _sum({"call": 1.0}, *fused)
+
+
+def _sum(*parts: Terms) -> Terms:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
 
 # ---- fitting
@@ -213,6 +241,11 @@ class Predictor:
     dense_net: Model
     accelerated_net: Model
 
+    @property
+    def layers(self) -> LayerModels:
+        """The models of single layers."""
+        return LayerModels(self.dense_layer, self.sparse_layer)
+
     def save(self, path: Path = FILE) -> None:
         """Write the file."""
         path.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1) + "\n")
@@ -249,36 +282,35 @@ def call_of(shapes: Iterable[LayerShape], *, steps: int, batch: int = 1, calls: 
         ValueError: ``calls`` does not divide the steps.
 
     >>> net = call_of([LayerShape("fc", 128, 10)], steps=25, batch=2, calls=25)
-    >>> net.layers[0].rows, net.neuron_updates, net.neuron_steps
+    >>> net.layers[0].rows, net.layers[0].outputs, net.neuron_steps
     (2, 500, 25)
     """
     if steps % calls:
         raise ValueError(f"{steps} steps in {calls} calls: every call has to take as many")
     layers = tuple(LayerCall(shape, batch * steps // calls, calls) for shape in shapes)
-    updates = sum(layer.shape.outputs * layer.total_rows for layer in layers)
-    return NetCall(layers, updates, steps * len(layers))
+    return NetCall(layers, steps * len(layers))
 
 
 def points_of(study: Study) -> dict[str, list[Point]]:
     """Measured latencies of a study's networks with their terms, by path; a case is a choice with all its seeds."""
-    layer = shipped().dense_layer
+    models = shipped().layers
     found: dict[str, list[Point]] = {path: [] for path in PATHS}
     for net in study.nets:
         if net.status is Status.COMPLETE and net.layers:
             case = dataclasses.replace(net.choice, seed=0).name
-            for path, terms in _terms_of(net, layer).items():
+            for path, terms in _terms_of(net, models).items():
                 if path in net.latency:
                     found[path].append(Point(case, terms, net.latency[path][1]))
     return found
 
 
-def _terms_of(net: Net, layer: Model) -> dict[str, Terms]:
+def _terms_of(net: Net, models: LayerModels) -> dict[str, Terms]:
     calls = net.steps if net.choice.framework == _SNNTORCH else 1
     call = call_of([each.shape for each in net.layers], steps=net.steps, batch=net.batch, calls=calls)
     densities = {each.shape.name: each.density for each in net.layers[1:]}
     return {
-        "dense": dense_net_terms(call, layer),
-        "accelerated": accelerated_net_terms(call, densities, layer),
+        "dense": dense_net_terms(call, models),
+        "accelerated": accelerated_net_terms(call, densities, models),
     }
 
 

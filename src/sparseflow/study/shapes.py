@@ -1,4 +1,4 @@
-"""What one call of a network asks for: the shapes of its layers, how often each runs, and how many neurons are updated.
+"""What one call of a network asks for: the shapes of its layers, how often each runs, and how often its neurons step.
 
 Found by hooks while the network runs once, so that any network will do: multi-step layers that see ``[T * N, ...]``,
 and loops over time that call a layer T times.
@@ -42,6 +42,11 @@ class LayerCall:
         return self.rows * self.calls
 
     @property
+    def outputs(self) -> int:
+        """Values that all its calls give."""
+        return self.total_rows * self.shape.outputs
+
+    @property
     def weights(self) -> int:
         """Weights of the layer, without bias."""
         shape = self.shape
@@ -55,10 +60,9 @@ class LayerCall:
 
 @dataclasses.dataclass(frozen=True)
 class NetCall:
-    """One call of a network: its layers, and its neurons' updates (elements) and steps (neuron layers times T)."""
+    """One call of a network: its layers, and the steps of its neurons (layers of neurons times T)."""
 
     layers: tuple[LayerCall, ...]
-    neuron_updates: int = 0
     neuron_steps: int = 0
 
     @property
@@ -97,7 +101,7 @@ def trace(model: nn.Module, example_input: Any) -> NetCall:
             f"no convolution or linear layer of this {type(model).__name__} ran: there is nothing to predict"
         )
     layers = tuple(LayerCall(shape, rows, calls) for (shape, rows), calls in watch.layers.items())
-    return NetCall(layers, watch.updates, watch.steps)
+    return NetCall(layers, watch.steps)
 
 
 def shapes_of(model: nn.Module, example_input: Any) -> list[LayerShape]:
@@ -115,7 +119,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.layers: collections.Counter[tuple[LayerShape, int]] = collections.Counter()
-        self.updates = self.steps = 0
+        self.steps = 0
 
     def attach(self, name: str, module: nn.Module) -> None:
         if isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, _ConvTransposeNd):
@@ -129,9 +133,7 @@ class _Watch:
             module.register_forward_hook(self._note_neuron, with_kwargs=True)
 
     def _note_neuron(self, neuron: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        x = _first(args, kwargs)
-        self.updates += x.numel()
-        self.steps += x.shape[0] if steps_over_time(neuron) else 1
+        self.steps += _first(args, kwargs).shape[0] if steps_over_time(neuron) else 1
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
