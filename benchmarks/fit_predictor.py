@@ -98,6 +98,15 @@ def net_points(calls: Calls, models: LayerModels) -> tuple[list[Point], list[Poi
     return dense, accelerated
 
 
+def architecture(case: str) -> str:
+    """What a network is, whatever its size and activity.
+
+    >>> architecture("spiking_resnet18 at 30% @64, batch 1")
+    'spiking_resnet18'
+    """
+    return case.split(",")[0].split(" @")[0].split(" at ")[0]
+
+
 def read_calls() -> Calls:
     """What ``--trace`` wrote."""
     return {case: _call_of(record) for case, record in _load(CALLS)["networks"].items()}
@@ -163,7 +172,7 @@ def fit_predictor() -> Predictor:
     """The predictor of the committed results."""
     record = _load(LAYERS)
     layers = LayerModels(*map(fitted, layer_points(record)))
-    nets = map(fitted, net_points(read_calls(), layers))
+    nets = (fitted(points, architecture) for points in net_points(read_calls(), layers))
     environment = record["environment"]
     machine = {name: environment[name] for name in ("cpu", "cores", "threads", "engine", "torch", "system")}
     sources = tuple(map(_source, (LAYERS, NETWORKS, FUSED, CALLS)))

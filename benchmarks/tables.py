@@ -290,17 +290,20 @@ def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]
 def _predictor() -> dict[str, dict]:
     """The fitted models of ``src/sparseflow/study/predictor.json`` by name."""
     record = json.loads((_ROOT / "src" / "sparseflow" / "study" / "predictor.json").read_text())
-    return {name.replace("_", ", "): model for name, model in record.items() if "costs" in model}
+    names = ("dense_layer", "sparse_layer", "dense_net", "accelerated_net")
+    return {name.replace("_", " ").replace("net", "network"): record[name] for name in names}
 
 
 def predictor_errors() -> str:
     """How far the latency predictor is off on what was held out of its fit."""
-    head = ["model", "median error", "90 % of errors below", "held-out cases", "times compared"]
-    errors = {name: model["error"] for name, model in _predictor().items()}
-    body = [
-        [name, f"{e['median']:.1%}", f"{e['p90']:.1%}", str(e["cases"]), str(e["points"])] for name, e in errors.items()
-    ]
-    return _table(head, body)
+    head = ["model", "median error", "90 % below", "held-out cases", "times compared", "median, architecture held out"]
+    return _table(head, [[name, *_error_cells(model["error"])] for name, model in _predictor().items()])
+
+
+def _error_cells(error: dict) -> list[str]:
+    other = error["architecture_median"]
+    shares = f"{error['median']:.1%}", f"{error['p90']:.1%}"
+    return [*shares, str(error["cases"]), str(error["points"]), "" if other is None else f"{other:.1%}"]
 
 
 def predictor_costs() -> str:

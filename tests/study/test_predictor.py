@@ -24,6 +24,7 @@ from sparseflow.study.predictor import (
     eager_terms,
     error_of,
     fit,
+    fitted,
     fused_terms,
     held_out,
     held_out_error,
@@ -55,7 +56,7 @@ def test_shipped_predictor_is_of_the_committed_results(refitted):
 def test_refit_gives_the_shipped_costs_and_errors(refitted, name):
     new, old = getattr(refitted, name), getattr(shipped(), name)
     assert new.costs == pytest.approx(old.costs, rel=1e-3, abs=1e-12)
-    assert dataclasses.astuple(new.error) == pytest.approx(dataclasses.astuple(old.error), abs=2e-3)
+    assert dataclasses.asdict(new.error) == pytest.approx(dataclasses.asdict(old.error), abs=2e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,6 +127,20 @@ def test_error_is_relative_to_the_measurement():
     found = error_of([10.0 + index for index in range(11)], points)
     assert found == Error(median=0.5, p90=0.9, cases=11, points=11)
     assert str(found) == "median 50%, 90 % below 90% (11 times of 11 held-out cases)"
+
+
+def test_architectures_are_held_out_together():
+    """Networks of one architecture, of two sizes each, that share a cost no other has."""
+    costs = {"x": 1.0, "y": 5.0, "z": 9.0}
+    points = [
+        Point(f"{kind} @{size}", {"work": size}, size * cost) for kind, cost in costs.items() for size in (1.0, 2.0)
+    ]
+    error = fitted(points, lambda case: case.split(" @")[0]).error
+    kinds = [point._replace(case=point.case[0]) for point in points]
+    assert error.architecture_median == error_of(held_out(kinds), kinds).median
+    assert error.architecture_median > error.median
+    assert "on an architecture not seen" in str(error)
+    assert fitted(points).error == dataclasses.replace(error, architecture_median=None)
 
 
 def test_predictor_is_read_back(tmp_path):

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,17 +38,22 @@ class Error:
     """Relative error ``|predicted - measured| / measured`` on what was held out: the median and the 90 % quantile.
 
     ``cases`` is how many shapes or networks were left out, one at a time, and ``points`` how many times were compared.
+    ``architecture_median`` is the median where all networks of an architecture were left out together.
     """
 
     median: float
     p90: float
     cases: int
     points: int
+    architecture_median: float | None = None
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"median {self.median:.0%}, 90 % below {self.p90:.0%} ({self.points} times of {self.cases} held-out cases)"
         )
+        if self.architecture_median is None:
+            return text
+        return f"{text}, median {self.architecture_median:.0%} on an architecture not seen"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +227,13 @@ def error_of(predicted: Iterable[float], points: Sequence[Point]) -> Error:
     return Error(round(median, 4), round(p90, 4), len({point.case for point in points}), len(points))
 
 
-def fitted(points: Sequence[Point]) -> Model:
-    """A model fitted to all points, with its error on held-out cases."""
-    return Model(fit(points), error_of(held_out(points), points))
+def fitted(points: Sequence[Point], architecture: Callable[[str], str] | None = None) -> Model:
+    """A model fitted to all points, with its error on held-out cases, and on the architectures of cases by name."""
+    error = error_of(held_out(points), points)
+    if architecture is not None:
+        kinds = [point._replace(case=architecture(point.case)) for point in points]
+        error = dataclasses.replace(error, architecture_median=error_of(held_out(kinds), kinds).median)
+    return Model(fit(points), error)
 
 
 # ---- the fitted predictor

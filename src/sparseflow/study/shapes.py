@@ -174,7 +174,8 @@ def _plane(sizes: Sequence[int]) -> tuple[int, int]:
 def _padding(layer: Any) -> tuple[int, int]:
     """Padding of height and width; of ``"same"`` the larger side."""
     if not isinstance(layer.padding, str):
-        return (0, *layer.padding)[-2:]
+        height, width = (0, *layer.padding)[-2:]
+        return height, width
     if layer.padding == "valid":
         return (0, 0)
     same = (1, *layer.kernel_size)[-2:], (1, *layer.dilation)[-2:]
