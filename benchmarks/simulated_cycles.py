@@ -19,6 +19,7 @@ from sparseflow.study.hardware import Accelerator, cycles
 from sparseflow.study.records import LayerShape
 from sparseflow.study.simulator import simulate
 
+RESULTS = pathlib.Path(__file__).parent / "results" / "simulated_cycles.json"
 STEPS = 4
 DENSITIES = (0.01, 0.05, 0.2)
 ACCELERATOR = Accelerator(neuron_units=8)
@@ -61,8 +62,7 @@ def rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = pathlib.Path(__file__).parent / "results" / "simulated_cycles.json"
-    parser.add_argument("--out", type=pathlib.Path, default=default)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     found = list(rows())
     for row in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import simulated_cycles
 from sparseflow.study import simulator
 from sparseflow.study.hardware import Accelerator, phases
 from sparseflow.study.records import LayerShape
@@ -159,6 +161,12 @@ def test_formula_is_close_on_usual_layers(density):
 
 def _counts(spikes: Tensor) -> Tensor:
     return spikes.flatten(2).sum(2)[None]
+
+
+def test_committed_table_is_what_both_sides_say():
+    committed = json.loads(simulated_cycles.RESULTS.read_text())["rows"]
+    assert list(itertools.islice(simulated_cycles.rows(), 3)) == committed[:3]
+    assert len(committed) == len(simulated_cycles.LAYERS) * len(simulated_cycles.DENSITIES)
 
 
 def test_silence_is_scanned_and_fired():
