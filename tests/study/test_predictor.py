@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fit_predictor import fit_predictor, layer_calls, measured_networks, read_calls
 from sparseflow.study.predictor import (
+    LOOP,
     Error,
     LayerModels,
     Model,
@@ -213,19 +214,19 @@ SHAPES = (
 )
 
 
-def a_net(beta: float, seed: int, density: float, framework: str = "snntorch") -> Net:
-    choice = Choice("digits", framework, Neuron.LIF, Surrogate.ARCTAN, beta, 1.0, None, Matched.BETA, seed)
+def a_net(beta: float, seed: int, density: float, dense: str = LOOP) -> Net:
+    choice = Choice("digits", "snntorch", Neuron.LIF, Surrogate.ARCTAN, beta, 1.0, None, Matched.BETA, seed)
     layers = tuple(Layer(shape, spikes=1.0, density=density) for shape in SHAPES)
-    return Net(choice, Status.COMPLETE, steps=4, batch=2, layers=layers)
+    return Net(choice, Status.COMPLETE, steps=4, batch=2, layers=layers, dense=dense)
 
 
 def a_study(dense: dict[str, float], accelerated: dict[str, float]) -> Study:
     """Networks whose measured times are exactly these costs."""
     nets = [a_net(beta, seed, 0.05 + beta / 4 + seed / 50) for beta in (0.5, 0.7, 0.9) for seed in (0, 1)]
-    nets += [a_net(beta, 0, 0.3, "spikingjelly") for beta in (0.5, 0.8)]
+    nets += [a_net(beta, 0, 0.3, "eager, multi-step") for beta in (0.4, 0.8)]
     measured = []
     for net in nets:
-        calls = net.steps if net.choice.framework == "snntorch" else 1
+        calls = net.steps if net.dense == LOOP else 1
         call = call_of(SHAPES, steps=net.steps, batch=net.batch, calls=calls)
         densities = {layer.shape.name: layer.density for layer in net.layers[1:]}
         times = {

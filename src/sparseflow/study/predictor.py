@@ -29,7 +29,7 @@ FILE = Path(__file__).with_name("predictor.json")
 SCHEMA = 1
 PATHS = ("dense", "accelerated")
 _WORD = 64  # input channels that the engine looks at together
-_SNNTORCH = "snntorch"  # whose users write the loop over time themselves: one call of a layer per step
+LOOP = "eager, loop over time"  # the dense path in which a layer is called once per step
 Terms = dict[str, float]
 
 
@@ -314,7 +314,7 @@ def points_of(study: Study) -> dict[str, list[Point]]:
 
 
 def _terms_of(net: Net, models: LayerModels) -> dict[str, Terms]:
-    calls = net.steps if net.choice.framework == _SNNTORCH else 1
+    calls = net.steps if net.dense == LOOP else 1
     call = call_of([each.shape for each in net.layers], steps=net.steps, batch=net.batch, calls=calls)
     densities = {each.shape.name: each.density for each in net.layers[1:]}
     return {
