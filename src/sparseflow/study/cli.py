@@ -78,9 +78,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="a few networks on few samples, within a minute")
     command.add_argument("--fresh", action="store_true", help="start over instead of taking up the study in the folder")
     command.add_argument("--retry-failed", action="store_true", help="repeat trainings that failed")
-    command.add_argument(
-        "--page-only", action="store_true", help="only write tables and page of the study in the folder"
-    )
+    command.add_argument("--page-only", action="store_true", help="only predict, and write tables and page, anew")
 
 
 def _positive(text: str) -> int:
@@ -95,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.out / storage.STUDY
     if args.page_only:
-        study = storage.load(path)
-        runner.save(study, args.out)
+        study = runner.finish(storage.load(path), args.out)
     else:
         try:
             study = _run(args)

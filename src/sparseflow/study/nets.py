@@ -203,8 +203,7 @@ def _snntorch_surrogate(choice: Choice) -> Any:
 
     # surrogate.sigmoid computes inf / inf at k x < -88, which a strongly inhibited neuron soon has.
     def sigmoid(x: Tensor, gradient: Tensor, _spikes: Tensor) -> Tensor:
-        rising = torch.sigmoid(slope * x)
-        return gradient * slope * rising * (1 - rising)
+        return gradient * slope * torch.sigmoid(slope * x) * torch.sigmoid(-slope * x)
 
     return surrogate.custom_surrogate(sigmoid)
 

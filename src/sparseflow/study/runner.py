@@ -25,6 +25,7 @@ from sparseflow.errors import SparseflowError
 from . import datasets, measurement, nets, storage
 from .datasets import DataSet
 from .grid import JOURNAL, LOG, WEIGHTS, Outcome, train_all, weights_of
+from .predict import predict_latency
 from .records import Choice, Net, Status, Study
 from .training import Training
 
@@ -102,14 +103,27 @@ def run_study(
             console=console,
         )
         study = _measured(study, trained, _measurer(files, out, training, measuring), out, console)
-        save(study, out)
+        return finish(study, out)
+
+
+def finish(study: Study, out: Path) -> Study:
+    """Predict latencies from what was counted, write ``study.json`` and the tables, and return what was written."""
+    study = dataclasses.replace(study, nets=tuple(map(_predicted, study.nets)))
+    storage.save(study, out / storage.STUDY)
+    storage.save_tables(study, out)
     return study
 
 
-def save(study: Study, out: Path) -> None:
-    """Write ``study.json`` and the tables."""
-    storage.save(study, out / storage.STUDY)
-    storage.save_tables(study, out)
+def _predicted(net: Net) -> Net:
+    if not net.layers:
+        return net
+    shapes = [layer.shape for layer in net.layers]
+    densities = {layer.shape.name: layer.density for layer in net.layers[1:]}  # the first layer's input is no neuron's
+    calls = net.steps if net.dense == measurement.LOOP else 1
+    found = predict_latency(shapes, densities, steps=net.steps, batch=net.batch, calls=calls)
+    times = [layer.accelerated_ms for layer in found.layers]
+    layers = (dataclasses.replace(layer, predicted_ms=ms) for layer, ms in zip(net.layers, times, strict=True))
+    return dataclasses.replace(net, predicted=found.totals, layers=tuple(layers))
 
 
 @contextlib.contextmanager
