@@ -80,7 +80,7 @@ def activity(network: nn.Module, data: Split, accelerator: Accelerator | None = 
     for start in range(0, len(data), _COUNTED):
         part = slice(start, start + _COUNTED)
         with torch.no_grad(), _counting(network, shapes) as (inputs, outputs):
-            found = nets.run(network, data.spikes[:, part].float()).sum(0).argmax(1)
+            found = nets.run(network, data.spikes[:, part].float()).mean(0).argmax(1)
         hits += int((found == data.labels[part]).sum())
         fired += sum(outputs)
         for shape in shapes:

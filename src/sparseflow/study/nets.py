@@ -1,9 +1,9 @@
-"""The networks of a study: two convolutions and a linear layer, a neuron behind each, in either framework.
+"""The networks of a study: two convolutions with a neuron behind each, and a linear layer, in either framework.
 
-conv 3x3 - max-pooling - neuron - conv 3x3 - max-pooling - neuron - linear - neuron, as in snnTorch's sixth tutorial.
-There is no batch norm, as in the published networks: an event-driven accelerator has none. Weights start normally
-distributed with variance 2 / fan-in (He et al., ICCV 2015) and biases at zero, so that neurons fire from the beginning.
-The class is the output neuron that fires most.
+conv 3x3 - max-pooling - neuron - conv 3x3 - max-pooling - neuron - linear, as in snnTorch's sixth tutorial, but for the
+output: the class is the one whose current, averaged over time, is largest, so that the loss has a gradient in each layer
+from the beginning. There is no batch norm, as in the published networks: an event-driven accelerator has none. Weights
+start normally distributed with variance 2 / fan-in (He et al., ICCV 2015), and biases at zero.
 
 Both frameworks reset by subtraction, and no gradient flows through the reset. SpikingJelly subtracts right after the
 spike and fires at ``U >= threshold``; snnTorch subtracts one step later and fires at ``U > threshold``.
@@ -83,7 +83,7 @@ def build(choice: Choice, shape: tuple[int, int, int], classes: int, width: int 
         width: channels of the first convolution; the second has twice as many.
 
     Returns:
-        A module from spikes ``[T, N, C, H, W]`` to spikes ``[T, N, classes]``. See :func:`reset`.
+        A module from spikes ``[T, N, C, H, W]`` to currents ``[T, N, classes]``. See :func:`reset`.
 
     Raises:
         ChoiceError: :func:`unsupported`.
@@ -112,7 +112,7 @@ def reset(network: nn.Module) -> None:
 
 
 def run(network: nn.Module, spikes: Tensor) -> Tensor:
-    """``[T, N, classes]`` of a call from rest, each layer once over all steps."""
+    """Currents ``[T, N, classes]`` of a call from rest, each layer once over all steps."""
     if isinstance(network, _SnnTorchNetwork):
         return network.over_time(spikes)
     reset(network)
@@ -139,23 +139,22 @@ class _SnnTorchNetwork(nn.Module):
         neuron = _snntorch_neuron(choice)
         self.conv1, self.neuron1 = nn.Conv2d(shape[0], width, 3, padding=1), neuron()
         self.conv2, self.neuron2 = nn.Conv2d(width, 2 * width, 3, padding=1), neuron()
-        self.fc, self.neuron3 = nn.Linear(_features(shape, width), classes), neuron()
+        self.fc = nn.Linear(_features(shape, width), classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        mem1, mem2, mem3 = self.neuron1.reset_mem(), self.neuron2.reset_mem(), self.neuron3.reset_mem()
-        spikes = []
+        mem1, mem2 = self.neuron1.reset_mem(), self.neuron2.reset_mem()
+        currents = []
         for step in x:
             spk1, mem1 = self.neuron1(F.max_pool2d(self.conv1(step), 2), mem1)
             spk2, mem2 = self.neuron2(F.max_pool2d(self.conv2(spk1), 2), mem2)
-            spk3, mem3 = self.neuron3(self.fc(spk2.flatten(1)), mem3)
-            spikes.append(spk3)
-        return torch.stack(spikes)
+            currents.append(self.fc(spk2.flatten(1)))
+        return torch.stack(currents)
 
     def over_time(self, x: Tensor) -> Tensor:
         """The same, layer by layer: every convolution once over all steps."""
         x = _spikes(self.neuron1, F.max_pool2d(self.conv1(x.flatten(0, 1)), 2).unflatten(0, x.shape[:2]))
         x = _spikes(self.neuron2, F.max_pool2d(self.conv2(x.flatten(0, 1)), 2).unflatten(0, x.shape[:2]))
-        return _spikes(self.neuron3, self.fc(x.flatten(2)))
+        return self.fc(x.flatten(2))
 
 
 def _spikes(neuron: Any, currents: Tensor) -> Tensor:
@@ -225,7 +224,6 @@ def _spikingjelly_network(choice: Choice, shape: tuple[int, int, int], classes: 
             neuron2=_spikingjelly_neuron(choice),
             flatten=layer.Flatten(),
             fc=layer.Linear(_features(shape, width), classes),
-            neuron3=_spikingjelly_neuron(choice),
         )
     )
     functional.set_step_mode(network, "m")
