@@ -71,7 +71,6 @@ class Outcome(enum.StrEnum):
 
 
 _PATHS = {Outcome.ACCELERATED: "accelerated", Outcome.DENSE: "dense"}
-COSTS = tuple(outcome for outcome in Outcome if outcome is not Outcome.ACCURACY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +158,12 @@ def pairs(nets: Iterable[Net], parameter: str, value: Any, others: Sequence[Any]
     all other choices and the seed.
 
     What ``matched`` is does not tell networks of different neuron models apart: it changes Lapicque neurons only.
+    Surrogates are compared at their published slopes: the same number is another steepness in each of their formulas.
     """
     blocks: dict[Hashable, list[Net]] = defaultdict(list)
     for net in complete(nets):
-        blocks[_rest(net.choice, parameter)].append(net)
+        if parameter != "surrogate" or net.choice.slope is None:
+            blocks[_rest(net.choice, parameter)].append(net)
     found = []
     for block in blocks.values():
         compared = [net for net in block if _is_other(getattr(net.choice, parameter), value, others)]

@@ -56,8 +56,8 @@ class Finding:
     """A published finding, what the study measured of it, and the verdict.
 
     ``estimate`` and its 95 % ``interval`` are in ``unit``: per cent of change, points of accuracy, or a rank
-    correlation. ``published_value`` is what was published in that unit. ``p_value`` is adjusted for all effects that were
-    tested; a rank correlation has none, because its interval alone is judged.
+    correlation. ``published_value`` is what was published in that unit. ``p_value`` is adjusted for all effects that
+    were tested; a rank correlation has none, because its interval alone is judged.
     """
 
     name: str
