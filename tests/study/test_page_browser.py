@@ -92,7 +92,8 @@ class TestAlone:
         outside = narrow.js(
             "return [...document.querySelectorAll('.chart text')].filter(text => text.textContent.trim())"
             ".filter(text => { const box = text.getBoundingClientRect(), chart = text.closest('.chart')"
-            ".getBoundingClientRect(); return box.width > 0 && (box.left < chart.left - 1 || box.right > chart.right + 1); })"
+            ".getBoundingClientRect();"
+            " return box.width > 0 && (box.left < chart.left - 1 || box.right > chart.right + 1); })"
             ".map(text => text.textContent)"
         )
         assert outside == []
