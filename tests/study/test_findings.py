@@ -52,6 +52,15 @@ class TestPairs:
             assert same == pair.net.choice
             assert pair.other.choice.neuron is Neuron.LIF
 
+    def test_an_if_neuron_is_compared_with_those_of_every_beta(self):
+        nets = [net(beta=0.5), net(beta=0.9), net(neuron=Neuron.PLIF, beta=0.9), net(neuron=Neuron.IF, beta=1.0)]
+        betas = lambda neuron: [  # noqa: E731
+            (pair.net.choice.beta, pair.other.choice.neuron, pair.other.choice.beta)
+            for pair in effects.pairs(nets, "neuron", neuron)
+        ]
+        assert betas(Neuron.IF) == [(1.0, Neuron.LIF, 0.5), (1.0, Neuron.LIF, 0.9), (1.0, Neuron.PLIF, 0.9)]
+        assert betas(Neuron.PLIF) == [(0.9, Neuron.LIF, 0.9), (0.9, Neuron.IF, 1.0)]
+
     def test_surrogates_are_compared_at_their_published_slopes(self):
         nets = [net(surrogate=surrogate, slope=slope) for surrogate in Surrogate for slope in (None, 5.0)]
         assert {pair.net.choice.slope for pair in effects.pairs(nets, "surrogate", ESCAPE)} == {None}
@@ -342,6 +351,14 @@ class TestEffects:
         assert {effect.parameter for effect in found} == {"neuron", "surrogate", "beta", "matched"}
         assert {effect.outcome for effect in found} == set(Outcome)
         assert [e.value for e in found if (e.parameter, e.outcome) == ("beta", Outcome.DENSE)] == ["0.5", "0.9"]
+
+    def test_networks_in_which_a_choice_changes_nothing_are_not_asked_about_it(self):
+        nets = [net(beta=0.5), net(beta=0.9), net(neuron=Neuron.IF, beta=1.0)]
+        nets += [net(neuron=Neuron.LAPICQUE, matched=matched) for matched in Matched]
+        found = effects.effects(nets, [Outcome.CYCLES])
+        assert {(e.parameter, e.value): e.nets for e in found if e.parameter != "neuron"} == {
+            ("beta", "0.5"): 1, ("beta", "0.9"): 3, ("matched", "beta"): 1, ("matched", "time constant"): 1,
+        }  # fmt: skip
 
     def test_outcomes_that_were_not_measured_have_none(self):
         nets = [net(cycles=None, ms=None, beta=beta) for beta in (0.5, 0.9)]

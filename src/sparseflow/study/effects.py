@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .records import Choice, Net, Status
+from .records import Choice, Net, Neuron, Status, Surrogate
 
 Interval = tuple[float, float]
 Observation = tuple[Hashable, int, float]
@@ -155,10 +155,10 @@ def _scaled(outcome: Outcome, value: float) -> float:
 
 def pairs(nets: Iterable[Net], parameter: str, value: Any, others: Sequence[Any] | None = None) -> list[Pair]:
     """Every complete network with ``value`` and every one with one of ``others`` (default: any other value) that share
-    all other choices and the seed.
+    the seed and all other choices.
 
-    What ``matched`` is does not tell networks of different neuron models apart: it changes Lapicque neurons only.
-    Surrogates are compared at their published slopes: the same number is another steepness in each of their formulas.
+    A choice that changes nothing in one of the two networks does not tell them apart: see :func:`matters`. Surrogates
+    are compared at their published slopes, since the same number is another steepness in each of their formulas.
     """
     blocks: dict[Hashable, list[Net]] = defaultdict(list)
     for net in complete(nets):
@@ -167,14 +167,41 @@ def pairs(nets: Iterable[Net], parameter: str, value: Any, others: Sequence[Any]
     found = []
     for block in blocks.values():
         compared = [net for net in block if _is_other(getattr(net.choice, parameter), value, others)]
-        found += [Pair(net, other) for net in block if getattr(net.choice, parameter) == value for other in compared]
+        chosen = [net for net in block if getattr(net.choice, parameter) == value]
+        found += [Pair(net, other) for net in chosen for other in compared if _share_what_matters(net, other)]
     return found
 
 
+def matters(choice: Choice, parameter: str) -> bool:
+    """Whether a choice changes anything: beta does not in an IF neuron, what is matched only in a Lapicque neuron, and
+    the slope not in a stochastic spike operator.
+
+    >>> from .records import Matched
+    >>> matters(Choice("digits", "snntorch", Neuron.IF, Surrogate.ARCTAN, 1.0, 1.0, None, Matched.BETA, 0), "beta")
+    False
+    """
+    if parameter == "beta":
+        return choice.neuron is not Neuron.IF
+    if parameter == "matched":
+        return choice.neuron is Neuron.LAPICQUE
+    return parameter != "slope" or choice.surrogate is not Surrogate.STOCHASTIC
+
+
 def _rest(choice: Choice, parameter: str) -> Hashable:
-    left_out = (parameter, "matched") if parameter == "neuron" else (parameter,)
+    left_out = (parameter, *_TOLD_BY_NEURON) if parameter == "neuron" else (parameter,)
     names = [field.name for field in dataclasses.fields(choice) if field.name not in left_out]
     return tuple(getattr(choice, name) for name in names)
+
+
+_TOLD_BY_NEURON = ("beta", "matched")  # whether they matter
+
+
+def _share_what_matters(net: Net, other: Net) -> bool:
+    return all(
+        getattr(net.choice, name) == getattr(other.choice, name)
+        for name in _TOLD_BY_NEURON
+        if net.choice.neuron is not other.choice.neuron and matters(net.choice, name) and matters(other.choice, name)
+    )
 
 
 def _is_other(found: Any, value: Any, others: Sequence[Any] | None) -> bool:
@@ -251,7 +278,7 @@ def _sign_flip(values: np.ndarray) -> float:
 def rank_correlation(nets: Iterable[Net], first: Outcome, second: Outcome) -> Estimate | None:
     """Spearman's rank correlation of two outcomes over configurations; ``None`` where it is not defined.
 
-    >>> from .records import Matched, Neuron, Surrogate
+    >>> from .records import Matched
     >>> def net(beta, accuracy, cycles):
     ...     choice = Choice("digits", "snntorch", Neuron.LIF, Surrogate.ARCTAN, beta, 1.0, None, Matched.BETA, 0)
     ...     return Net(choice, Status.COMPLETE, accuracy, cycles=cycles)
@@ -275,14 +302,18 @@ def _spearman(xs: np.ndarray, ys: np.ndarray, axis: int = -1) -> Any:
 
 
 def effects(nets: Sequence[Net], outcomes: Sequence[Outcome] = tuple(Outcome)) -> list[Effect]:
-    """Of every value of every parameter that varies within a dataset, on every outcome that was measured."""
+    """Of every value of every parameter that varies within a dataset, on every outcome that was measured.
+
+    Networks in which the parameter changes nothing (:func:`matters`) are left out.
+    """
     found = []
     for dataset in dict.fromkeys(net.choice.dataset for net in nets):
         members = [net for net in complete(nets) if net.choice.dataset == dataset]
         for parameter in PARAMETERS:
-            values = sorted({getattr(net.choice, parameter) for net in members}, key=_order)
+            concerned = [net for net in members if matters(net.choice, parameter)]
+            values = sorted({getattr(net.choice, parameter) for net in concerned}, key=_order)
             if len(values) > 1:
-                found += [_effect(members, parameter, value, outcome) for value in values for outcome in outcomes]
+                found += [_effect(concerned, parameter, value, outcome) for value in values for outcome in outcomes]
     return [effect for effect in found if effect is not None]
 
 
@@ -332,7 +363,7 @@ def changes(outcome: Outcome, interval: Interval | None) -> Interval | None:
 def pareto(nets: Iterable[Net], cost: Outcome = Outcome.ACCELERATED) -> list[Net]:
     """The complete networks that no other beats in accuracy without a higher cost, cheapest first.
 
-    >>> from .records import Matched, Neuron, Surrogate
+    >>> from .records import Matched
     >>> def net(seed, accuracy, cycles):
     ...     choice = Choice("digits", "snntorch", Neuron.LIF, Surrogate.ARCTAN, 0.9, 1.0, None, Matched.BETA, seed)
     ...     return Net(choice, Status.COMPLETE, accuracy, cycles=cycles)

@@ -115,7 +115,7 @@ function pointTrace(members, { colour, shape }, { cost }) {
 /** 3: a line a network, and the mean of every colour. */
 function drawDensity(chosen) {
   const nets = ofDataset(chosen);
-  const shown = nets.filter((net) => net.layers.length);
+  const shown = nets.filter((net) => net.status === COMPLETE && net.layers.length);
   if (!shown.length) return leaveEmpty("density", `No network of this dataset has layers.${leftOut(nets, shown)}`);
   const values = valuesOf(chosen);
   const deepest = shown.reduce((a, b) => (b.layers.length > a.layers.length ? b : a)).layers;
