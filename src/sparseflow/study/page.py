@@ -56,7 +56,7 @@ def write(study: Study, path: Path) -> None:
         statuses={status: sum(net.status is status for net in study.nets) for status in Status},
         chosen={name: _values(study.nets, name) for name in ("dataset", *PARAMETERS, "seed")},
         predictions=predictions(study.nets),
-        measured=_measured,
+        measured=measured,
     )
     Path(path).write_text(html, encoding="utf-8")
 
@@ -80,10 +80,10 @@ def _values(nets: Iterable[Net], name: str) -> str:
     return ", ".join(dict.fromkeys(value_name(getattr(net.choice, name)) for net in nets))
 
 
-def _measured(finding: Finding) -> tuple[str, str]:
+def measured(finding: Finding) -> tuple[str, str]:
     """Estimate and interval as text.
 
-    >>> _measured(Finding("", "", "", -8.123, (-10.0, -6.02), "%", 0, Verdict.UNDECIDED, ""))
+    >>> measured(Finding("", "", "", -8.123, (-10.0, -6.02), "%", 0, Verdict.UNDECIDED, ""))
     ('-8.1 %', '-10.0 to -6.0')
     """
     digits = 2 if finding.unit == "rank correlation" else 1
