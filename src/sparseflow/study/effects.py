@@ -28,7 +28,9 @@ LEVEL = 0.95
 ENOUGH = 6
 """Fewest observations that are judged: of 2^6 patterns of signs the two extreme ones make 3 %, of 2^5 they make 6 %."""
 PARAMETERS = ("framework", "neuron", "surrogate", "beta", "threshold", "slope", "matched")
-_RESAMPLES = 9999
+_BOOTSTRAPPED = 25
+"""From so many observations on the bootstrap covers what it says: of ten, its 95 % intervals cover 88 %."""
+_RESAMPLES, _SIGN_FLIPS = 1999, 9999
 
 
 class Outcome(enum.StrEnum):
@@ -92,16 +94,15 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over ``observations``, its interval and the p-value of a mean of 0; ``None`` where they are too few.
+    """A mean or a correlation, and its interval: ``None`` where there are too few ``observations``.
 
     ``repetitions`` says that the observations are single networks and not configurations.
     """
 
-    mean: float
+    value: float
     interval: Interval | None
-    p_value: float | None
     observations: int
-    repetitions: bool
+    repetitions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,20 +212,32 @@ def _is_other(found: Any, value: Any, others: Sequence[Any] | None) -> bool:
 def estimate(observed: Iterable[Observation]) -> Estimate | None:
     """Mean of the means of all configurations; ``None`` without an observation.
 
-    The interval is the bias-corrected and accelerated bootstrap's; the p-value is that of a permutation test that flips
-    signs, exact up to 13 observations.
+    The interval is the bias-corrected and accelerated bootstrap's, below 25 observations Student's.
 
     >>> steady = estimate((name, 0, value) for name, value in zip("abcdef", (1.0, 1.1, 0.9, 1.2, 1.0, 0.8)))
-    >>> round(steady.mean, 3), steady.interval[0] > 0.8, round(steady.p_value, 3)
-    (1.0, True, 0.031)
+    >>> round(steady.value, 3), [round(end, 2) for end in steady.interval]
+    (1.0, [0.85, 1.15])
     """
     values, repetitions = _observations(observed)
     if not len(values):
         return None
-    mean = float(np.mean(values))
+    interval = _mean_interval(values) if len(values) >= ENOUGH else None
+    return Estimate(float(np.mean(values)), interval, len(values), repetitions)
+
+
+def p_value(observed: Iterable[Observation]) -> float | None:
+    """Of a mean of 0, by a permutation test that flips the signs of the observations of :func:`estimate`.
+
+    It is exact up to 13 observations, and ``None`` where there are too few.
+
+    >>> p_value((name, 0, value) for name, value in zip("abcdef", (1.0, 1.1, 0.9, 1.2, 1.0, 0.8)))
+    0.03125
+    """
+    values, _ = _observations(observed)
     if len(values) < ENOUGH:
-        return Estimate(mean, None, None, len(values), repetitions)
-    return Estimate(mean, _interval((values,), np.mean), _sign_flip(values), len(values), repetitions)
+        return None
+    flips = {"permutation_type": "samples", "vectorized": True, "axis": -1, "n_resamples": _SIGN_FLIPS}
+    return float(stats.permutation_test((values,), np.mean, rng=np.random.default_rng(0), **flips).pvalue)
 
 
 def _observations(observed: Iterable[Observation]) -> tuple[np.ndarray, bool]:
@@ -242,48 +255,39 @@ def _means(values: Iterable[tuple[Any, float]]) -> dict[Any, float]:
     return {key: float(np.mean(members)) for key, members in found.items()}
 
 
-def _interval(samples: Sequence[np.ndarray], statistic: Callable[..., Any]) -> Interval:
+def _mean_interval(values: np.ndarray) -> Interval:
+    if np.ptp(values) < 1e-12 * np.abs(values).max():
+        return float(values.min()), float(values.max())
+    if len(values) >= _BOOTSTRAPPED:
+        return _bootstrapped((values,), np.mean)
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    return float(low), float(high)
+
+
+def _bootstrapped(samples: Sequence[np.ndarray], statistic: Callable[..., Any]) -> Interval:
+    how = {"vectorized": True, "axis": -1, "confidence_level": LEVEL, "n_resamples": _RESAMPLES}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what they warn of is dealt with below
-        found = stats.bootstrap(
-            samples,
-            statistic,
-            paired=len(samples) > 1,
-            vectorized=True,
-            axis=-1,
-            confidence_level=LEVEL,
-            n_resamples=_RESAMPLES,
-            rng=np.random.default_rng(0),
-        )
+        rng = np.random.default_rng(0)
+        found = stats.bootstrap(samples, statistic, paired=len(samples) > 1, method="BCa", rng=rng, **how)
         low, high = found.confidence_interval
         if not (np.isfinite(low) and np.isfinite(high)):
-            # Not defined for values that are all the same: then whatever the resamples gave.
+            # Not defined where resamples hardly differ: then whatever they gave.
             low, high = np.nanmin(found.bootstrap_distribution), np.nanmax(found.bootstrap_distribution)
     return float(low), float(high)
 
 
-def _sign_flip(values: np.ndarray) -> float:
-    test = stats.permutation_test(
-        (values,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        axis=-1,
-        n_resamples=_RESAMPLES,
-        rng=np.random.default_rng(0),
-    )
-    return float(test.pvalue)
-
-
 def rank_correlation(nets: Iterable[Net], first: Outcome, second: Outcome) -> Estimate | None:
     """Spearman's rank correlation of two outcomes over configurations; ``None`` where it is not defined.
+
+    The interval is the bias-corrected and accelerated bootstrap's, below 25 configurations Fisher's.
 
     >>> from .records import Matched
     >>> def net(beta, accuracy, cycles):
     ...     choice = Choice("digits", "snntorch", Neuron.LIF, Surrogate.ARCTAN, beta, 1.0, None, Matched.BETA, 0)
     ...     return Net(choice, Status.COMPLETE, accuracy, cycles=cycles)
     >>> nets = [net(0.1 * i, 0.5 + 0.01 * i, 900.0 - i) for i in range(8)]
-    >>> round(rank_correlation(nets, Outcome.ACCURACY, Outcome.CYCLES).mean, 6)
+    >>> round(rank_correlation(nets, Outcome.ACCURACY, Outcome.CYCLES).value, 6)
     -1.0
     """
     measured = [(net, first.of(net), second.of(net)) for net in complete(nets)]
@@ -292,13 +296,21 @@ def rank_correlation(nets: Iterable[Net], first: Outcome, second: Outcome) -> Es
     ys = np.array(list(_means((configuration(net.choice), y) for net, _, y in both).values()))
     if len(xs) < 2 or not np.ptp(xs) or not np.ptp(ys):
         return None
-    interval = _interval((xs, ys), _spearman) if len(xs) >= ENOUGH else None
-    return Estimate(float(_spearman(xs, ys)), interval, None, len(xs), repetitions=False)
+    interval = _correlation_interval(xs, ys) if len(xs) >= ENOUGH else None
+    return Estimate(float(_spearman(xs, ys).statistic), interval, len(xs))
+
+
+def _correlation_interval(xs: np.ndarray, ys: np.ndarray) -> Interval:
+    if len(xs) >= _BOOTSTRAPPED:
+        return _bootstrapped((xs, ys), lambda x, y, axis: _spearman(x, y, axis).statistic)
+    with np.errstate(divide="ignore"):  # of a perfect one
+        low, high = _spearman(xs, ys).confidence_interval(LEVEL)
+    return float(low), float(high)
 
 
 def _spearman(xs: np.ndarray, ys: np.ndarray, axis: int = -1) -> Any:
     """Pearson's of the ranks, which scipy has along an axis."""
-    return stats.pearsonr(stats.rankdata(xs, axis=axis), stats.rankdata(ys, axis=axis), axis=axis).statistic
+    return stats.pearsonr(stats.rankdata(xs, axis=axis), stats.rankdata(ys, axis=axis), axis=axis)
 
 
 def effects(nets: Sequence[Net], outcomes: Sequence[Outcome] = tuple(Outcome)) -> list[Effect]:
@@ -338,9 +350,9 @@ def _effect(nets: Sequence[Net], parameter: str, value: Any, outcome: Outcome) -
         value=value_name(value),
         outcome=outcome,
         nets=len(measured),
-        mean=mean.mean,
+        mean=mean.value,
         interval=mean.interval,
-        change=None if change is None else outcome.change(change.mean),
+        change=None if change is None else outcome.change(change.value),
         change_interval=None if change is None else changes(outcome, change.interval),
         pairs=len(compared),
     )

@@ -28,6 +28,7 @@ from .effects import (
     configuration,
     difference,
     estimate,
+    p_value,
     pairs,
     rank_correlation,
 )
@@ -166,7 +167,7 @@ def _comparable(pair: Pair) -> bool:
 def _accuracy_note(fair: Sequence[Pair]) -> str:
     observed = [pair.observation(Outcome.ACCURACY) for pair in fair]
     found = estimate(observation for observation in observed if observation is not None)
-    return "" if found is None else f"In the same pairs, accuracy changes by {100 * found.mean:+.1f} points."
+    return "" if found is None else f"In the same pairs, accuracy changes by {100 * found.value:+.1f} points."
 
 
 # ---- selection by sparsity ---------------------------------------------------------------------------------
@@ -230,20 +231,16 @@ def _pick(members: Sequence[Net], seed: int) -> tuple[Net, list[Net]] | None:
 
 
 def _judged(tests: Sequence[_Test]) -> list[Finding]:
-    estimates = [estimate(test.observed) for test in tests]
-    p_values = [found.p_value for found in estimates if found is not None and found.p_value is not None]
-    adjusted = iter(stats.false_discovery_control(p_values) if p_values else ())
-    judged = []
-    for test, found in zip(tests, estimates, strict=True):
-        p_value = float(next(adjusted)) if found is not None and found.p_value is not None else None
-        judged.append(_finding(test, found, p_value, len(p_values)))
-    return judged
+    tested = {test: found for test in tests if (found := p_value(test.observed)) is not None}
+    adjusted = stats.false_discovery_control(list(tested.values())) if tested else ()
+    p_values = dict(zip(tested, map(float, adjusted), strict=True))
+    return [_finding(test, p_values.get(test), len(tested)) for test in tests]
 
 
-def _finding(test: _Test, found: Estimate | None, p_value: float | None, tested: int) -> Finding:
-    claim = test.claim
+def _finding(test: _Test, p_value: float | None, tested: int) -> Finding:
+    claim, found = test.claim, estimate(test.observed)
     interval = None if found is None else changes(claim.outcome, found.interval)
-    change = None if found is None else claim.outcome.change(found.mean)
+    change = None if found is None else claim.outcome.change(found.value)
     verdict = judge(claim.sign, claim.worth, interval, p_value)
     parts = (_measured(test, found, change, interval), _because(claim, verdict, interval, p_value, tested), test.note)
     return Finding(
@@ -343,12 +340,12 @@ def _correlation(dataset: str, nets: Sequence[Net], cost: Outcome) -> Finding:
     verdict = judge_correlation(interval)
     parts = [_correlation_text(found, cost), _WHY_CORRELATED[verdict] if interval else f"{ENOUGH} are needed."]
     if spikes is not None:
-        parts.append(f"That of spikes and {cost} is {spikes.mean:+.2f}.")
+        parts.append(f"That of spikes and {cost} is {spikes.value:+.2f}.")
     return Finding(
         name=f"accuracy is a poor predictor: {cost}",
         dataset=dataset,
         published="accuracy is a poor predictor of hardware cost",
-        estimate=None if found is None else found.mean,
+        estimate=None if found is None else found.value,
         interval=interval,
         unit="rank correlation",
         pairs=0 if found is None else found.observations,
@@ -381,7 +378,7 @@ _WHY_CORRELATED = {
 def _correlation_text(found: Estimate | None, cost: Outcome) -> str:
     if found is None:
         return f"No rank correlation of accuracy and {cost} can be computed:"
-    text = f"The rank correlation of accuracy and {cost} is {found.mean:+.2f}"
+    text = f"The rank correlation of accuracy and {cost} is {found.value:+.2f}"
     if found.interval is None:
         return f"{text} ({found.observations} configurations):"
     low, high = found.interval
