@@ -60,7 +60,7 @@ class TestHeader:
         assert f"{count[Status.PRUNED]} pruned, {count[Status.FAILED]} failed; commit invented" in first
         judged = findings(study)
         for verdict in Verdict:
-            assert f"{sum(finding.verdict is verdict for finding in judged)}: {verdict}" in first
+            assert f"{verdict} {sum(finding.verdict is verdict for finding in judged)}" in first
 
     def test_choices_settings_and_environment_are_listed(self, study, text):
         choices = dict(rows_of(text, "choices"))

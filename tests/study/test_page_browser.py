@@ -156,9 +156,9 @@ class TestCharts:
         assert {row[0] for row in rows} == {"framework", "neuron", "surrogate", "beta", "threshold", "matched"}
         drawn = sum(len(trace["x"]) for trace in marks(opened, "effects"))
         column = 2 if effect == "mean" else 3
-        assert drawn == sum(row[column] != "-" for row in rows)
+        assert drawn == sum(row[column].strip() != "-" for row in rows)
         ticks = opened.js("return document.querySelector('#effects .chart').layout.yaxis.ticktext")
-        assert ticks == [row[1] for row in rows if row[column] != "-"]
+        assert ticks == [row[1] for row in rows if row[column].strip() != "-"]
 
     def test_predictions_stand_over_measurements(self, opened):
         points = [point for trace in marks(opened, "predicted") for point in zip(trace["x"], trace["y"], strict=True)]

@@ -94,6 +94,11 @@ class _Claim:
         return 1.0 if self.outcome is Outcome.ACCURACY else 5.0
 
     @property
+    def worth_text(self) -> str:
+        """:attr:`worth` with its unit."""
+        return "one point" if self.outcome is Outcome.ACCURACY else f"{self.worth:.0f} %"
+
+    @property
     def name(self) -> str:
         """Of the finding."""
         return f"{self.text}: {self.outcome}"
@@ -307,8 +312,8 @@ def _because(claim: _Claim, verdict: Verdict, interval: Interval | None, p_value
     if verdict is Verdict.OPPOSITE:
         return f"This is a change for the worse ({p_text})."
     if verdict is Verdict.DOES_NOT_HOLD:
-        return f"An improvement of {claim.worth:.0f} {claim.outcome.change_unit} is ruled out ({p_text})."
-    return f"Neither no improvement nor one of {claim.worth:.0f} {claim.outcome.change_unit} is ruled out ({p_text})."
+        return f"An improvement of {claim.worth_text} is ruled out ({p_text})."
+    return f"Neither an improvement of {claim.worth_text} nor none at all is ruled out ({p_text})."
 
 
 def _against_published(claim: _Claim, interval: Interval) -> str:

@@ -67,7 +67,7 @@ function drawFindings(chosen) {
     text: judged.map((finding) => lines(finding.name, `published: ${finding.published}`)), marker: { color: css("--muted"), size: 11, symbol: "diamond-open", line: { width: 1.5 } },
   });
   const x = { title: { text: "change (%; of accuracy: points)" } };
-  const counts = [...groupBy(judged, (finding) => finding.verdict)].map(([verdict, members]) => `${members.length} ${verdict}`);
+  const counts = [...groupBy(judged, (finding) => finding.verdict)].map(([verdict, members]) => `${verdict} ${members.length}`);
   draw("findings", traces, layoutOf(x, axis, { annotations, height, shapes: [zeroLine()] }), `${chosen.dataset}, ${count(judged.length, "effect")}: ${counts.join(", ")}.`);
   const verdicts = distinct(judged.map((finding) => finding.verdict)).map((verdict) => [{ colour: verdictColour(verdict) }, verdict]);
   return setLegend(figureOf("findings").legend, [...verdicts, [{ colour: css("--muted"), shape: "diamond", open: true }, "published"]]);
@@ -185,8 +185,8 @@ function effectRows(shown) {
 }
 
 function effectText(effect) {
-  const change = effect.change === null ? "no network differs in this only" : `change ${changeCell(effect)}, ${count(effect.pairs, "pair")}`;
-  return lines(`${effect.parameter} ${effect.value}`, `mean ${meanCell(effect)}, ${count(effect.nets, "network")}`, change);
+  const change = effect.change === null ? "no network differs in this only" : `change ${changeText(effect)}, ${count(effect.pairs, "pair")}`;
+  return lines(`${effect.parameter} ${effect.value}`, `mean ${meanText(effect)}, ${count(effect.nets, "network")}`, change);
 }
 
 /** In words: the changes whose interval leaves 0 out, largest first. */
@@ -194,7 +194,7 @@ function largestEffect(chosen) {
   const clear = effectsOf(chosen).filter(({ change_interval: ends }) => ends && (ends[0] > 0 || ends[1] < 0));
   if (!clear.length) return `no choice changes ${chosen.outcome} by more than its interval.`;
   const [largest] = clear.sort((a, b) => Math.abs(b.change) - Math.abs(a.change));
-  return `${count(clear.length, "change")} of ${chosen.outcome} with an interval that leaves 0 out; the largest: ${largest.parameter} ${largest.value}, ${changeCell(largest)}.`;
+  return `${count(clear.length, "change")} of ${chosen.outcome} with an interval that leaves 0 out; the largest: ${largest.parameter} ${largest.value}, ${changeText(largest)}.`;
 }
 
 /** 5: predicted against measured. */

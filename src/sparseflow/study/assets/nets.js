@@ -44,13 +44,13 @@ function predictedCell(net) {
   return predictions(net).length ? predictions(net).map(([path, ms]) => element("span", { className: "line", text: `${path}: ${figure(ms)} ms` })) : "-";
 }
 
-const meanCell = ({ mean, interval, outcome }) => outcomeText(mean, outcome) + (interval ? ` (${intervalText(interval, outcome)})` : "");
-const intervalText = (ends, outcome) => ends.map((end) => (outcome === ACCURACY ? figure(100 * end) : figure(end))).join(" to ");
-
-function changeCell({ change, change_interval: ends, outcome }) {
-  if (change === null) return "-";
-  return `${signed(change)} ${changeUnit(outcome)}` + (ends ? ` (${ends.map((end) => signed(end)).join(" to ")})` : "");
-}
+const endsText = (ends, text) => (ends ? `(${ends.map(text).join(" to ")})` : "");
+const meanEnds = ({ interval, outcome }) => endsText(interval, (end) => figure(outcome === ACCURACY ? 100 * end : end));
+const changeEnds = ({ change_interval: ends }) => endsText(ends, (end) => signed(end));
+const meanOf = ({ mean, outcome }) => outcomeText(mean, outcome);
+const changeOf = ({ change, outcome }) => (change === null ? "-" : `${signed(change)} ${changeUnit(outcome)}`);
+const meanText = (effect) => [meanOf(effect), meanEnds(effect)].join(" ").trim();
+const changeText = (effect) => [changeOf(effect), changeEnds(effect)].join(" ").trim();
 
 const showEffects = sortableTable(
   document.querySelector("#effects .table"),
@@ -58,8 +58,8 @@ const showEffects = sortableTable(
   [
     text("parameter", "parameter", "name"),
     text("value", "value", "name"),
-    { title: "mean", kind: "figure", key: (effect) => effect.mean, cell: meanCell },
-    { title: "change against the other values", kind: "figure", key: (effect) => effect.change, cell: changeCell },
+    { title: "mean", kind: "figure", key: (effect) => effect.mean, cell: (effect) => [meanOf(effect), small(meanEnds(effect))] },
+    { title: "change", kind: "figure", key: (effect) => effect.change, cell: (effect) => [changeOf(effect), small(changeEnds(effect))] },
     { title: "networks", kind: "figure", key: (effect) => effect.nets, cell: (effect) => String(effect.nets) },
     { title: "pairs", kind: "figure", key: (effect) => effect.pairs, cell: (effect) => String(effect.pairs) },
   ],
