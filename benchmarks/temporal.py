@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,12 @@ class Net(nn.Module):
         self.body = nn.Sequential(first, pool, second, *ends)
         self.head = layer.Linear(widths[1] * 16, classes, step_mode="m")
 
+    def per_step(self, x: Tensor) -> Tensor:
+        """Logits of every frame, or of one in single-step mode."""
+        return self.head(self.body(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x)).mean(0)
+        return self.per_step(x).mean(0)
 
 
 def _block(inputs: int, outputs: int, method: str, size: int) -> nn.Module:
@@ -96,13 +101,13 @@ def run(net: nn.Module, x: Tensor) -> Tensor:
 class Sequential(nn.Module):
     """An exact network called T times, one step each: the published baseline."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: Net):
         super().__init__()
-        self.net = net
+        self.net: Net = net
         functional.set_step_mode(net, "s")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.net.head(self.net.body(frame)) for frame in x]).mean(0)
+        return torch.stack([self.net.per_step(frame) for frame in x]).mean(0)
 
 
 # ---- data
@@ -269,7 +274,7 @@ def _inference(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _compiled(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    fast = torch.compile(net)
+    fast: Any = torch.compile(net)
     with torch.no_grad():
         for _ in range(3):
             run(fast, x)

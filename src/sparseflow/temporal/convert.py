@@ -265,7 +265,7 @@ class _Search:
                 site.name, site.neuron, Mode.EXACT, note=trial.refused.get(site.name, ""), spikes=spikes
             )
         call = _call_of(trial.network, site)
-        source, *states = (now[arg.name] if isinstance(arg, fx.Node) else arg for arg in call.args)
+        given: list[Any] = [now[arg.name] if isinstance(arg, fx.Node) else arg for arg in call.args]
         return LayerAggregation(
             site.name,
             site.neuron,
@@ -274,10 +274,10 @@ class _Search:
             "" if site.affine else "pooling a chunk's currents by their maximum is not pooling those of its frames",
             trial.after.get(site.name),
             (before, _count(now[call.name])),
-            self._layer_ms(block, exact[site.source.name], source, states),
+            self._layer_ms(block, exact[site.source.name], *given),
         )
 
-    def _layer_ms(self, block: Aggregated, frames: Tensor, source: Tensor, states: list[Tensor]) -> tuple[float, float]:
+    def _layer_ms(self, block: Aggregated, frames: Tensor, source: Tensor, *states: Tensor) -> tuple[float, float]:
         """Layer and neuron in one call for all frames, against the temporal layer on what it is given."""
         plain = TAC(block.layer, block.neuron, 1)
 
