@@ -132,7 +132,7 @@ def _training(args: argparse.Namespace) -> Training:
 
 
 def _choices(args: argparse.Namespace) -> list[Choice]:
-    """The grid that was asked for. Slopes and thresholds that were not are swept with LIF neurons and one beta alone."""
+    """The grid that was asked for. Slopes and thresholds that were not are swept with LIF neurons and one beta only."""
     from .grid import Grid
 
     given = {field: tuple(getattr(args, name)) for name, (field, *_) in _LISTS.items() if getattr(args, name)}
