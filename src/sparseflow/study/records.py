@@ -129,7 +129,7 @@ class Net:
     """One trained network: what was chosen, how good it is, how often it fires and what it costs.
 
     ``latency`` and ``predicted`` are per call by path: ``"dense"`` and ``"accelerated"`` (predicted: the same, and
-    hardware by name).
+    hardware by name). ``dense`` says which dense path this was: the strongest of those that were timed.
     """
 
     choice: Choice
@@ -144,6 +144,7 @@ class Net:
     predicted: dict[str, float] = dataclasses.field(default_factory=dict)
     cycles: float | None = None
     error: str = ""
+    dense: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
