@@ -34,6 +34,7 @@ _FILES = (
     "docs/gpu-kernels.md",
     "docs/gpu-benchmarks.md",
     "docs/study.md",
+    "docs/predict.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
@@ -388,6 +389,43 @@ def study_predictions(study: Study) -> str:
     return _table(head, rows)
 
 
+def _predictor() -> dict[str, dict]:
+    """The fitted models of ``src/sparseflow/study/predictor.json`` by name."""
+    record = json.loads((_ROOT / "src" / "sparseflow" / "study" / "predictor.json").read_text())
+    names = ("dense_layer", "sparse_layer", "dense_net", "accelerated_net")
+    return {name.replace("_", " ").replace("net", "network"): record[name] for name in names}
+
+
+def predictor_errors() -> str:
+    """How far the latency predictor is off on what was held out of its fit."""
+    head = ["model", "median error", "90 % below", "held-out cases", "times compared", "median, architecture held out"]
+    return _table(head, [[name, *_error_cells(model["error"])] for name, model in _predictor().items()])
+
+
+def _error_cells(error: dict) -> list[str]:
+    other = error["architecture_median"]
+    shares = f"{error['median']:.1%}", f"{error['p90']:.1%}"
+    return [*shares, str(error["cases"]), str(error["points"]), "" if other is None else f"{other:.1%}"]
+
+
+def predictor_costs() -> str:
+    """What a unit of every term costs."""
+    models = _predictor().items()
+    body = [[name, term, f"{1e6 * cost:.4g}"] for name, model in models for term, cost in model["costs"].items()]
+    return _table(["model", "term", "ns a unit"], body)
+
+
+def simulated_cycles() -> str:
+    """Cycles of the accelerator by formula over simulated ones."""
+    ratios: dict[str, dict[float, str]] = {}
+    for row in _load("simulated_cycles.json")["rows"]:
+        cell = f"{row['formula']:.0f} / {row['simulated']} = {row['formula'] / row['simulated']:.2f}"
+        ratios.setdefault(row["layer"], {})[row["density"]] = cell
+    densities = list(next(iter(ratios.values())))
+    head = ["layer; formula / simulated", *(f"{density:.0%} spikes" for density in densities)]
+    return _table(head, [[layer, *cells.values()] for layer, cells in ratios.items()])
+
+
 TABLES = {
     "cpu_kernels": cpu_kernels,
     "fused_machine": fused_machine,
@@ -399,6 +437,8 @@ TABLES = {
     "occupancy": occupancy,
     "peers": peers,
     "predecessor": predecessor,
+    "predictor_costs": predictor_costs,
+    "predictor_errors": predictor_errors,
     "pruned_layers": pruned_layers,
     "pruned_networks": pruned_networks,
     "gpu_goals": gpu_goals,
@@ -409,6 +449,7 @@ TABLES = {
     "study_findings": study_findings,
     "study_front": study_front,
     "study_predictions": study_predictions,
+    "simulated_cycles": simulated_cycles,
 }
 
 
