@@ -9,12 +9,20 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.summary import GOALS
+
+if TYPE_CHECKING:
+    from sparseflow.study.effects import Effect
+    from sparseflow.study.findings import Finding
+    from sparseflow.study.records import Study
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _FILES = (
@@ -25,6 +33,8 @@ _FILES = (
     "docs/cpu-kernels.md",
     "docs/gpu-kernels.md",
     "docs/gpu-benchmarks.md",
+    "docs/study.md",
+    "docs/predict.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
@@ -286,6 +296,136 @@ def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]
     return dense, f"{max(ratios):.2f}x" if ratios else "none yet"
 
 
+def _of_study(table: Callable[[Study], str]) -> Callable[[], str]:
+    """A table of the committed study."""
+
+    @functools.wraps(table)
+    def made() -> str:
+        study = _study()
+        return "Not run yet on a quiet machine.\n" if study is None else table(study)
+
+    return made
+
+
+@functools.cache
+def _study() -> Study | None:
+    path = _ROOT / "benchmarks" / "results" / "study.json"
+    if not path.exists():
+        return None
+    from sparseflow.study import storage
+
+    return storage.load(path)
+
+
+@_of_study
+def study_about(study: Study) -> str:
+    """Where the study ran, and of how many networks it is."""
+    statuses = [net.status for net in study.nets]
+    ended = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    names = ("cpu", "threads", "torch", "spikingjelly", "snntorch", "optuna", "sparseflow", "commit")
+    about = [[name, str(study.environment.get(name, ""))] for name in names]
+    return _table(["", "value"], [["networks", ended], *about])
+
+
+@_of_study
+def study_findings(study: Study) -> str:
+    """Every published finding with its verdict, then each in words."""
+    from sparseflow.study.findings import findings
+
+    found = findings(study)
+    head = ["finding", "dataset", "published", "here", "95 % interval", "verdict"]
+    sentences = [f"- {each.name} ({each.dataset}): *{each.verdict}*. {each.sentence}\n" for each in found]
+    return _table(head, [_finding_row(each) for each in found]) + "\n" + "".join(sentences)
+
+
+def _finding_row(finding: Finding) -> list[str]:
+    from sparseflow.study.page import measured
+
+    return [finding.name, finding.dataset, finding.published, *measured(finding), finding.verdict]
+
+
+@_of_study
+def study_effects(study: Study) -> str:
+    """What each value of each choice changes."""
+    from sparseflow.study.effects import Outcome, effects
+
+    outcomes = (Outcome.ACCURACY, Outcome.SPIKES, Outcome.CYCLES, Outcome.ACCELERATED)
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for effect in effects(study.nets, outcomes):
+        rows.setdefault((effect.dataset, effect.parameter, effect.value), {})[effect.outcome] = _change(effect)
+    head = ["dataset", "choice", "value", *outcomes]
+    return _table(head, [[*key, *(cells.get(outcome, "") for outcome in outcomes)] for key, cells in rows.items()])
+
+
+def _change(effect: Effect) -> str:
+    if effect.change is None:
+        return ""
+    ends = effect.change_interval
+    interval = f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else ""
+    return f"{effect.change:+.1f} {effect.outcome.change_unit}{interval}"
+
+
+@_of_study
+def study_front(study: Study) -> str:
+    """The networks that no other beats in accuracy at their accelerated latency."""
+    from sparseflow.study.effects import pareto
+
+    body = []
+    for dataset in dict.fromkeys(net.choice.dataset for net in study.nets):
+        for net in pareto([net for net in study.nets if net.choice.dataset == dataset]):
+            dense, ours = (net.latency[path][1] for path in ("dense", "accelerated"))
+            figures = [f"{net.accuracy:.1%}", f"{ours:.3f}", f"{dense:.3f}", f"{net.cycles:,.0f}", f"{net.spikes:,.0f}"]
+            body.append([net.choice.name, *figures])
+    return _table(["network", "accuracy", "accelerated ms", "dense ms", "cycles", "spikes"], body)
+
+
+@_of_study
+def study_predictions(study: Study) -> str:
+    """Errors of predicted latencies."""
+    from sparseflow.study.page import predictions
+
+    head = ["dataset", "path", "networks", "median error", "largest error"]
+    rows = [[p.dataset, p.path, str(p.nets), f"{p.median:.1%}", f"{p.worst:.1%}"] for p in predictions(study.nets)]
+    return _table(head, rows)
+
+
+def _predictor() -> dict[str, dict]:
+    """The fitted models of ``src/sparseflow/study/predictor.json`` by name."""
+    record = json.loads((_ROOT / "src" / "sparseflow" / "study" / "predictor.json").read_text())
+    names = ("dense_layer", "sparse_layer", "dense_net", "accelerated_net")
+    return {name.replace("_", " ").replace("net", "network"): record[name] for name in names}
+
+
+def predictor_errors() -> str:
+    """How far the latency predictor is off on what was held out of its fit."""
+    head = ["model", "median error", "90 % below", "held-out cases", "times compared", "median, architecture held out"]
+    return _table(head, [[name, *_error_cells(model["error"])] for name, model in _predictor().items()])
+
+
+def _error_cells(error: dict) -> list[str]:
+    other = error["architecture_median"]
+    shares = f"{error['median']:.1%}", f"{error['p90']:.1%}"
+    return [*shares, str(error["cases"]), str(error["points"]), "" if other is None else f"{other:.1%}"]
+
+
+def predictor_costs() -> str:
+    """What a unit of every term costs."""
+    models = _predictor().items()
+    body = [[name, term, f"{1e6 * cost:.4g}"] for name, model in models for term, cost in model["costs"].items()]
+    return _table(["model", "term", "ns a unit"], body)
+
+
+def simulated_cycles() -> str:
+    """Cycles of the accelerator by formula over simulated ones."""
+    ratios: dict[str, dict[float, str]] = {}
+    for row in _load("simulated_cycles.json")["rows"]:
+        cell = f"{row['formula']:.0f} / {row['simulated']} = {row['formula'] / row['simulated']:.2f}"
+        ratios.setdefault(row["layer"], {})[row["density"]] = cell
+    densities = list(next(iter(ratios.values())))
+    head = ["layer; formula / simulated", *(f"{density:.0%} spikes" for density in densities)]
+    return _table(head, [[layer, *cells.values()] for layer, cells in ratios.items()])
+
+
 TABLES = {
     "cpu_kernels": cpu_kernels,
     "fused_machine": fused_machine,
@@ -297,11 +437,19 @@ TABLES = {
     "occupancy": occupancy,
     "peers": peers,
     "predecessor": predecessor,
+    "predictor_costs": predictor_costs,
+    "predictor_errors": predictor_errors,
     "pruned_layers": pruned_layers,
     "pruned_networks": pruned_networks,
     "gpu_goals": gpu_goals,
     "roofline_float16": roofline_float16,
     "roofline_float32": roofline_float32,
+    "study_about": study_about,
+    "study_effects": study_effects,
+    "study_findings": study_findings,
+    "study_front": study_front,
+    "study_predictions": study_predictions,
+    "simulated_cycles": simulated_cycles,
 }
 
 
