@@ -21,6 +21,7 @@ from sparseflow.frameworks import neuron_spec
 from . import nets
 from .datasets import DataSet, Split
 from .hardware import Accelerator, cycles
+from .predictor import LOOP
 from .records import Layer, LayerShape, Quantiles
 from .shapes import shapes_of
 
@@ -28,13 +29,12 @@ _COUNTED = 128  # samples of one call that is counted
 _TIMED = 8  # samples that timed calls take in turn, so that one with few spikes does not stand for all
 _WARM_UP = 2  # rounds
 
-LOOP, OVER_TIME, MULTI_STEP, COMPILED = (
-    "eager, loop over time",
+OVER_TIME, MULTI_STEP, COMPILED = (
     "eager, each layer once over all steps",
     "eager, multi-step",
     "compiled, each layer once over all steps",
 )
-"""The dense paths."""
+"""Dense paths beside :data:`~sparseflow.study.predictor.LOOP`."""
 
 
 @dataclasses.dataclass(frozen=True)
