@@ -214,7 +214,7 @@ class TestChoices:
         assert "Too few" in found[SURROGATE].sentence
         assert found[BETA].verdict is Verdict.UNDECIDED
         assert found[BETA].estimate is None
-        assert "No pairs" in found[BETA].sentence
+        assert "There are no pairs" in found[BETA].sentence
 
     def test_seeds_of_one_configuration_are_judged_and_said_to_be_that(self):
         choices = list(grid(neurons=[Neuron.LIF], betas=[0.9], seeds=range(8)))

@@ -193,6 +193,7 @@ def _selection_test(claim: _Claim, dataset: str, picked: Sequence[tuple[Net, lis
         if change is not None:
             observed.append((_group(net.choice), net.choice.seed, change))
     note = "Picked by the other seeds (fewest spikes with at least median accuracy), compared with all candidates."
+    note = note if observed else "It takes two seeds, and three settings of a neuron model."
     return _Test(claim, dataset, tuple(observed), len(observed), "selections", note)
 
 
@@ -287,7 +288,7 @@ def judge(sign: int, worth: float, interval: Interval | None, p_value: float | N
 
 def _measured(test: _Test, found: Estimate | None, change: float | None, interval: Interval | None) -> str:
     if found is None or change is None:
-        return f"No {test.of} to compare {test.claim.text} by {test.claim.outcome}."
+        return f"There are no {test.of} to judge the {test.claim.outcome} by."
     unit = test.claim.outcome.change_unit
     over = f"{test.counted} {test.of}, {found.observations} {_observation_name(test, found)}"
     text = f"{test.claim.text[0].upper()}{test.claim.text[1:]} changes {test.claim.outcome} by {change:+.1f} {unit}"
