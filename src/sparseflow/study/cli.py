@@ -20,7 +20,7 @@ OUT = Path("out/study")
 PAGE = "report.html"
 _INTERRUPTED = 130
 _REPEATS, _QUICK_REPEATS, _QUICK_SAMPLES, _QUICK_EPOCHS = 25, 3, 320, 3
-_SWEPT_SLOPES = (5.0, 50.0)
+_SWEPT: dict[str, tuple[float, ...]] = {"slopes": (5.0, 50.0), "thresholds": (0.5, 2.0)}
 
 
 def _member_of(kind: type[enum.StrEnum]) -> Callable[[str], enum.StrEnum]:
@@ -132,7 +132,7 @@ def _training(args: argparse.Namespace) -> Training:
 
 
 def _choices(args: argparse.Namespace) -> list[Choice]:
-    """The grid that was asked for; of the default one also the slopes, of LIF neurons alone."""
+    """The grid that was asked for. Slopes and thresholds that were not are swept with LIF neurons and one beta only."""
     from .grid import Grid
 
     given = {field: tuple(getattr(args, name)) for name, (field, *_) in _LISTS.items() if getattr(args, name)}
@@ -145,9 +145,11 @@ def _choices(args: argparse.Namespace) -> list[Choice]:
         raise UsageError("; ".join(grid.left_out()))
     for reason, count in grid.left_out().items():
         print(f"left out, {count} networks: {reason}", file=sys.stderr)
-    if not args.quick and not given.keys() & {"neurons", "slopes"}:
-        swept = dataclasses.replace(grid, neurons=(Neuron.LIF,), betas=grid.betas[-1:], slopes=_SWEPT_SLOPES)
-        choices += swept.choices()
+    if not args.quick and Neuron.LIF in grid.neurons:
+        swept = dataclasses.replace(grid, neurons=(Neuron.LIF,), betas=grid.betas[-1:])
+        for field, values in _SWEPT.items():
+            if field not in given:
+                choices += dataclasses.replace(swept, **{field: values}).choices()
     return list(dict.fromkeys(choices))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -20,6 +21,7 @@ from sparseflow.frameworks import neuron_spec
 from . import nets
 from .datasets import DataSet, Split
 from .hardware import Accelerator, cycles
+from .predictor import LOOP
 from .records import Layer, LayerShape, Quantiles
 from .shapes import shapes_of
 
@@ -27,13 +29,12 @@ _COUNTED = 128  # samples of one call that is counted
 _TIMED = 8  # samples that timed calls take in turn, so that one with few spikes does not stand for all
 _WARM_UP = 2  # rounds
 
-LOOP, OVER_TIME, MULTI_STEP, COMPILED = (
-    "eager, loop over time",
+OVER_TIME, MULTI_STEP, COMPILED = (
     "eager, each layer once over all steps",
     "eager, multi-step",
     "compiled, each layer once over all steps",
 )
-"""The dense paths."""
+"""Dense paths beside :data:`~sparseflow.study.predictor.LOOP`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +137,9 @@ def latency(
 ) -> Latency:
     """Time calls of a network on test samples, dense and accelerated, in alternation.
 
-    The dense path is the strongest of the eager ones: snnTorch's loop over time as the user writes it, and the same
-    network with each layer once over all steps; SpikingJelly's multi-step mode is the latter. ``torch.compile`` is
-    left out unless ``compiled`` is set, since it takes minutes a network: then it may be the strongest.
+    The dense path is the strongest of the eager ones: snnTorch's loop over time as the user writes it, the same network
+    with each layer once over all steps, which is what SpikingJelly's multi-step mode does, and that with weights in
+    channels_last order. ``torch.compile`` is left out unless ``compiled`` is set, since it takes minutes a network.
 
     The accelerated network is timed only after every sparse layer and fused block stayed inside its error budget
     against float64 (:func:`sparseflow.verify`).
@@ -152,12 +153,12 @@ def latency(
     """
     samples = [part.float() for part in data.test.spikes[:, : _TIMED * batch].split(batch, dim=1)]
     whole = [sample for sample in samples if sample.shape[1] == batch]
-    dense = _dense_paths(make(), compiled, whole[0])
+    dense = _dense_paths(make, compiled, whole[0])
     runs = {name: _Call(run, whole) for name, run in dense.items()}
     with torch.no_grad():
         network, error = _accelerated(make(), whole[0])
         if not error:
-            runs["accelerated"] = _Call(lambda spikes: _from_rest(network, spikes), whole)
+            runs["accelerated"] = _Call(functools.partial(_from_rest, network), whole)
         alternate(runs, _WARM_UP)
         found = {name: quantiles(times) for name, times in alternate(runs, repeats).items()}
     strongest = min(dense, key=lambda name: found[name][1])
@@ -179,15 +180,19 @@ def _from_rest(network: nn.Module, spikes: Tensor) -> Tensor:
     return network(spikes)
 
 
-def _dense_paths(network: nn.Module, compiled: bool, sample: Tensor) -> dict[str, Callable[[Tensor], object]]:
-    loops = nets.loops(network)
+def _dense_paths(
+    make: Callable[[], nn.Module], compiled: bool, sample: Tensor
+) -> dict[str, Callable[[Tensor], object]]:
+    network = make()
+    name = OVER_TIME if nets.loops(network) else MULTI_STEP
     paths: dict[str, Callable[[Tensor], object]] = {
-        OVER_TIME if loops else MULTI_STEP: lambda spikes: nets.run(network, spikes)
+        name: functools.partial(nets.run, network),
+        f"{name}, channels_last": functools.partial(nets.run, make().to(memory_format=torch.channels_last)),
     }
-    if loops:
-        paths[LOOP] = lambda spikes: _from_rest(network, spikes)
+    if nets.loops(network):
+        paths[LOOP] = functools.partial(_from_rest, network)
     if compiled:
-        fast: Any = torch.compile(lambda spikes: nets.run(network, spikes))
+        fast: Any = torch.compile(functools.partial(nets.run, network))
         with torch.no_grad():
             for _ in range(3):
                 fast(sample)

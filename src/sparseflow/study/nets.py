@@ -1,9 +1,9 @@
 """The networks of a study: two convolutions with a neuron behind each, and a linear layer, in either framework.
 
 conv 3x3 - max-pooling - neuron - conv 3x3 - max-pooling - neuron - linear, as in snnTorch's sixth tutorial, but for the
-output: the class is the one whose current, averaged over time, is largest, so that the loss has a gradient in each layer
-from the beginning. There is no batch norm, as in the published networks: an event-driven accelerator has none. Weights
-start normally distributed with variance 2 / fan-in (He et al., ICCV 2015), and biases at zero.
+output: the class is the one whose current, averaged over time, is largest, so that there are gradients from the
+beginning. There is no batch norm, as in the published networks: an event-driven accelerator has none. Weights start
+normally distributed with variance 2 / fan-in (He et al., ICCV 2015), and biases at zero.
 
 Both frameworks reset by subtraction, and no gradient flows through the reset. SpikingJelly subtracts right after the
 spike and fires at ``U >= threshold``; snnTorch subtracts one step later and fires at ``U > threshold``.

@@ -26,6 +26,7 @@ from . import datasets, measurement, nets, storage
 from .datasets import DataSet
 from .grid import JOURNAL, LOG, WEIGHTS, Outcome, train_all, weights_of
 from .predict import predict_latency
+from .predictor import LOOP
 from .records import Choice, Net, Status, Study
 from .training import Training
 
@@ -119,7 +120,7 @@ def _predicted(net: Net) -> Net:
         return net
     shapes = [layer.shape for layer in net.layers]
     densities = {layer.shape.name: layer.density for layer in net.layers[1:]}  # the first layer's input is no neuron's
-    calls = net.steps if net.dense == measurement.LOOP else 1
+    calls = net.steps if net.dense == LOOP else 1
     found = predict_latency(shapes, densities, steps=net.steps, batch=net.batch, calls=calls)
     times = [layer.accelerated_ms for layer in found.layers]
     layers = (dataclasses.replace(layer, predicted_ms=ms) for layer, ms in zip(net.layers, times, strict=True))

@@ -38,9 +38,9 @@ class Training:
             network, wrong for comparing choices, of which the worse would then be missing.
     """
 
-    epochs: int = 12
-    batch: int = 64
-    rate: float = 2e-3
+    epochs: int = 10
+    batch: int = 32
+    rate: float = 5e-3
     patience: int = 4
     width: int = nets.WIDTH
     prune: bool = False
@@ -71,6 +71,7 @@ def train(choice: Choice, data: DataSet, training: Training, stop: Callable[[int
     """
     torch.manual_seed(choice.seed)
     network = nets.build(choice, data.shape, data.classes, training.width)
+    network.to(memory_format=torch.channels_last)  # of which PyTorch's max-pooling is five times as fast
     optimizer = torch.optim.Adam(network.parameters(), lr=training.rate, eps=_EPSILON)
     best, best_epoch, weights, pruned, epoch = -1.0, 0, {}, False, -1
     for epoch in range(training.epochs):
