@@ -22,6 +22,7 @@ from benchmarks.gpu.summary import GOALS
 if TYPE_CHECKING:
     from sparseflow.study.effects import Effect
     from sparseflow.study.findings import Finding
+    from sparseflow.study.page import Prediction
     from sparseflow.study.records import Study
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -422,9 +423,14 @@ def study_predictions(study: Study) -> str:
     """Errors of predicted latencies."""
     from sparseflow.study.page import predictions
 
-    head = ["dataset", "path", "networks", "median error", "largest error"]
-    rows = [[p.dataset, p.path, str(p.nets), f"{p.median:.1%}", f"{p.worst:.1%}"] for p in predictions(study.nets)]
-    return _table(head, rows)
+    head = ["dataset", "path", "networks", "median error", "90 % below", "median, calibrated"]
+    return _table(head, [_prediction_row(found) for found in predictions(study)])
+
+
+def _prediction_row(found: Prediction) -> list[str]:
+    shares = f"{found.error.median:.1%}", f"{found.error.p90:.1%}"
+    calibrated = "" if found.calibrated is None else f"{found.calibrated.median:.1%}"
+    return [found.dataset, found.path, str(found.error.points), *shares, calibrated]
 
 
 _NOT_MEASURED = "Not measured yet on a quiet machine.\n"

@@ -94,22 +94,32 @@ class TestFindings:
 
 class TestPredictions:
     def test_errors_are_shares_of_what_was_measured(self, tmp_path):
-        nets = [net(ms=ms, seed=i) for i, ms in enumerate((1.0, 2.0, 4.0))]
+        nets = [net(ms=ms, beta=0.1 * i) for i, ms in enumerate((1.0, 2.0, 4.0), start=1)]
         nets = [dataclasses.replace(each, predicted={"accelerated": 2.0, "H200": 9.0}) for each in nets]
-        (found,) = page.predictions(nets)
-        assert (found.path, found.nets) == ("accelerated", 3)
-        assert found.median == pytest.approx(0.5)  # of 1, 0 and 1/2
-        assert found.worst == pytest.approx(1.0)
-        assert rows_of(html_of(Study({}, tuple(nets)), tmp_path), "errors") == [
-            ["digits", "accelerated", "3", "50.0 %", "100.0 %"]
-        ]
+        (found,) = page.predictions(Study({}, tuple(nets)))
+        assert (found.path, found.error.points) == ("accelerated", 3)
+        assert found.error.median == pytest.approx(0.5)  # of 1, 0 and 1/2
+        (row,) = rows_of(html_of(Study({}, tuple(nets)), tmp_path), "errors")
+        assert row[:4] == ["digits", "accelerated", "3", "50.0 %"]
+
+    def test_calibration_is_judged_by_what_it_was_not_fitted_to(self, tmp_path):
+        """Networks of the same shape and densities, one of them twice as slow: the others predict half its time."""
+        nets = [net(ms=ms, beta=0.1 * i) for i, ms in enumerate((2.0, 4.0), start=1)]
+        (dense, accelerated) = page.predictions(Study({}, tuple(nets)))
+        assert dense.calibrated.median == pytest.approx(0.0, abs=1e-3)
+        assert accelerated.calibrated.median == pytest.approx((1.0 + 0.5) / 2, abs=1e-3)
+        assert rows_of(html_of(Study({}, tuple(nets)), tmp_path), "errors")[1][-1] == "75.0 %"
 
     def test_every_dataset_by_itself(self, study, text):
         rows = rows_of(text, "errors")
         assert [row[:2] for row in rows] == [[d, p] for d in ("digits", "saccades") for p in ("dense", "accelerated")]
         complete = [each for each in study.nets if each.status is Status.COMPLETE and each.choice.dataset == "digits"]
         errors = [abs(each.predicted["dense"] / each.latency["dense"][1] - 1) for each in complete]
-        assert rows[0][2:4] == [str(len(complete)), f"{100 * statistics.median(errors):.1f} %"]
+        assert rows[0][2:4] == [str(len(complete)), f"{100 * round(statistics.median(errors), 4):.1f} %"]
+
+    def test_one_network_cannot_be_held_out(self, tmp_path):
+        rows = rows_of(html_of(Study({}, (net(),)), tmp_path), "errors")
+        assert [row[-1] for row in rows] == ["-", "-"]
 
     def test_nothing_predicted_is_said(self, tmp_path):
         found = html_of(Study({}, (dataclasses.replace(net(), predicted={}),)), tmp_path)

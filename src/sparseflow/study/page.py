@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseflow import offline
+from sparseflow.report import percent
 
 from .effects import PARAMETERS, Outcome, effects, pareto, value_name
 from .findings import Finding, Verdict, findings
+from .predictor import Error, held_out_error, prediction_error
 from .records import Net, Status, Study
 
 _AXES = (Outcome.ACCELERATED, Outcome.DENSE, Outcome.CYCLES, Outcome.SPIKES)
@@ -25,16 +26,17 @@ _AXES = (Outcome.ACCELERATED, Outcome.DENSE, Outcome.CYCLES, Outcome.SPIKES)
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """How far predicted latencies are from the measured ones, over the networks of a dataset.
+    """How far predictions of a path's latency are off on a dataset.
 
-    ``median`` and ``worst`` are shares of the measured latency.
+    ``error`` is that of the recorded predictions, by costs which were fitted to other measurements. ``calibrated`` is
+    that of costs fitted to the dataset's own networks, each configuration predicted by the others; ``None`` where there
+    are fewer than two.
     """
 
     dataset: str
     path: str
-    nets: int
-    median: float
-    worst: float
+    error: Error
+    calibrated: Error | None
 
 
 def write(study: Study, path: Path) -> None:
@@ -45,34 +47,35 @@ def write(study: Study, path: Path) -> None:
         OSError: ``path`` cannot be written.
     """
     _check(study.nets)
-    judged = findings(study)
+    judged, predicted = findings(study), predictions(study)
     html = offline.page(
         "sparseflow.study",
         ("data.js", "charts.js", "nets.js", "main.js"),
-        _data(study, judged),
+        _data(study, judged, predicted),
         study=study,
         findings=judged,
         verdicts={verdict: sum(finding.verdict is verdict for finding in judged) for verdict in Verdict},
         statuses={status: sum(net.status is status for net in study.nets) for status in Status},
         chosen={name: _values(study.nets, name) for name in ("dataset", *PARAMETERS, "seed")},
-        predictions=predictions(study.nets),
+        predictions=predicted,
         measured=measured,
+        percent=percent,
     )
     Path(path).write_text(html, encoding="utf-8")
 
 
-def predictions(nets: Iterable[Net]) -> list[Prediction]:
-    """The errors of the predictions, for every dataset and path that was both predicted and measured.
+def predictions(study: Study) -> list[Prediction]:
+    """For every dataset and path that was both predicted and measured.
 
-    >>> predictions([])
+    >>> predictions(Study({}, ()))
     []
     """
-    errors: dict[tuple[str, str], list[float]] = {}
-    for net in nets:
-        for path, (_, measured, _) in net.latency.items():
-            if path in net.predicted:
-                errors.setdefault((net.choice.dataset, path), []).append(abs(net.predicted[path] / measured - 1))
-    return [Prediction(*key, len(found), statistics.median(found), max(found)) for key, found in errors.items()]
+    found = []
+    for dataset in dict.fromkeys(net.choice.dataset for net in study.nets):
+        part = Study({}, tuple(net for net in study.nets if net.choice.dataset == dataset))
+        recorded, calibrated = prediction_error(part), held_out_error(part)
+        found += [Prediction(dataset, path, error, calibrated.get(path)) for path, error in recorded.items()]
+    return found
 
 
 def _values(nets: Iterable[Net], name: str) -> str:
@@ -108,14 +111,14 @@ def _figures(net: Net) -> Iterator[float]:
     return (figure for figure in single if figure is not None)
 
 
-def _data(study: Study, judged: Sequence[Finding]) -> dict[str, Any]:
+def _data(study: Study, judged: Sequence[Finding], predicted: Sequence[Prediction]) -> dict[str, Any]:
     fronts = _fronts(study.nets)
     return {
         "nets": [_net(net, [cost for cost in _AXES if net.choice.name in fronts[cost]]) for net in study.nets],
         "findings": [dataclasses.asdict(finding) for finding in judged],
         "effects": [dataclasses.asdict(effect) for effect in effects(study.nets)],
         "outcomes": [{"name": outcome, "unit": outcome.unit} for outcome in (Outcome.ACCURACY, *_AXES)],
-        "predictions": [dataclasses.asdict(prediction) for prediction in predictions(study.nets)],
+        "predictions": [dataclasses.asdict(prediction) for prediction in predicted],
         "parameters": list(PARAMETERS),
         "palette": list(offline.OKABE_ITO.values()),
         "grey": offline.GREY,

@@ -216,14 +216,14 @@ function drawPredicted(chosen) {
       marker: { color: colour, symbol: shape, size: 8, opacity: 0.85, line: { color: css("--page"), width: 0.6 } },
     };
   });
-  const error = results.predictions.find((row) => row.dataset === chosen.dataset && row.path === chosen.path);
+  const { error } = results.predictions.find((row) => row.dataset === chosen.dataset && row.path === chosen.path);
   const near = shown.filter((net) => Math.abs(predicted(net) / measured(net) - 1) <= NEAR).length;
   const guides = [diagonal(1, "solid"), diagonal(1 - NEAR, "dot"), diagonal(1 + NEAR, "dot")];
   draw(
     "predicted",
     [...guides, ...traces],
     layoutOf(valueAxis(`measured, ${chosen.path} (ms per call)`, ends), valueAxis("predicted (ms per call)", ends)),
-    `${count(shown.length, "network")}: median error ${share(error.median)}, worst ${share(error.worst)}; ${near} within 15 %.`,
+    `${count(shown.length, "network")}: median error ${share(error.median)}, 90 % below ${share(error.p90)}; ${near} within 15 %.`,
   );
   return setLegend(figureOf("predicted").legend, legendOf(chosen, shown));
 }
