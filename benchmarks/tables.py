@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import pathlib
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -114,6 +116,40 @@ def memory() -> str:
             values = [_median(point, "baseline_value"), _median(found.get("level 1 over eager")), _median(point)]
             body.append([name, *values, share])
     return _table(head, body)
+
+
+def growth() -> str:
+    """Level 2 over the strongest dense fp32 variant as one size grows, and by which power of it either time does."""
+    axes: dict[str, list[dict]] = {}
+    for point in _load("networks.json")["points"]:
+        if point["suite"] == "scaling" and point["honest"] and point["value"]:
+            axes.setdefault(point["case"].rsplit(" ", 1)[0], []).append(point)
+    head = ["network, size that grows", "size: level 2 / dense ms = times as fast", "level 2 grows as", "dense as"]
+    return _table(head, [_growth(axis, points) for axis, points in axes.items() if len(points) > 1])
+
+
+def _growth(axis: str, points: list[dict]) -> list[str]:
+    sized = sorted((float(point["case"].rsplit(" ", 1)[1]), point) for point in points)
+    cells = [f"{size:.0f}: {_median(p)} / {_median(p, 'baseline_value')} = {_over(p)}" for size, p in sized]
+    sizes = [size for size, _ in sized]
+    powers = [_power(sizes, [point[key][1] for _, point in sized]) for key in ("value", "baseline_value")]
+    return [axis, "; ".join(cells), *(f"size^{power:.2f}" for power in powers)]
+
+
+def _power(sizes: list[float], times: list[float]) -> float:
+    """Slope of the times over the sizes, both as logarithms."""
+    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, times))).slope
+
+
+def startup() -> str:
+    """What has to be waited for before the first answer."""
+    body = []
+    for (name,), found in _points("networks.json", "startup").items():
+        for key, point in found.items():
+            what, baseline = key.split(" over ", 1)
+            body.append([name, what, _median(point, digits=0), baseline, _median(point, "baseline_value", 0)])
+    head = ["network", "what", "ms", "against", "ms"]
+    return _table(head, body) if body else "Not measured yet on a quiet machine.\n"
 
 
 def peers() -> str:
@@ -228,7 +264,7 @@ def pruned_networks() -> str:
     over = ("eager", "compiled fp32", "level 2 before pruning")
     head = ["network", *(f"accuracy {name}" for name in stages.values()), *(f"over {name}" for name in over)]
     body = []
-    for (name,), found in _points("networks.json", "pruned").items():
+    for (name,), found in _points("pruned.json", "pruned").items():
         point = next(iter(found.values()))
         if "accuracy" in point["config"]:
             accuracies = [f"{point['config'][key]:.1%}" for key in stages]
@@ -240,7 +276,7 @@ def pruned_layers() -> str:
     """Single layers with zero blocks: over dense, and over the sparse layer with all its weights."""
     over = (_BEST, "sparse layer with all its weights")
     cases: dict[tuple, dict[str, dict]] = {}
-    for point in _load("networks.json")["points"]:
+    for point in _load("pruned.json")["points"]:
         if point["suite"] == "pruned" and "density set" in point["config"]:
             cases.setdefault((point["case"], point["rho"]), {})[point["baseline"]] = point
     head = ["layer", "spike density", *(f"over {name}" for name in over)]
@@ -545,6 +581,7 @@ TABLES = {
     "cpu_kernels": cpu_kernels,
     "fused_machine": fused_machine,
     "fused_flips": fused_flips,
+    "growth": growth,
     "layers": layers,
     "machine": machine,
     "memory": memory,
@@ -570,6 +607,7 @@ TABLES = {
     "temporal_conversions": temporal_conversions,
     "temporal_decisions": temporal_decisions,
     "temporal_speed": temporal_speed,
+    "startup": startup,
 }
 
 

@@ -88,7 +88,9 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def baselines(workload: Workload, with_compile: bool) -> Iterator[tuple[str, nn.Module, torch.dtype]]:
+def baselines(
+    workload: Workload, with_compile: bool, with_bf16: bool = True
+) -> Iterator[tuple[str, nn.Module, torch.dtype]]:
     """Name, network and input dtype of every dense competitor; a layout only where there are images."""
     eager = workload.build()
     yield "eager", eager, torch.float32
@@ -96,6 +98,7 @@ def baselines(workload: Workload, with_compile: bool) -> Iterator[tuple[str, nn.
         yield "eager channels_last", workload.build().to(memory_format=torch.channels_last), torch.float32
     if with_compile:
         yield "compiled fp32", compiled(workload.build(), workload), torch.float32
+    if with_compile and with_bf16:
         half = in_dtype(workload.build(), torch.bfloat16)
         yield "compiled bf16", compiled(half, workload, torch.bfloat16), torch.bfloat16
 

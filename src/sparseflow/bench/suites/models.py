@@ -91,7 +91,7 @@ def measure(
     judge = judged(workload, networks)
     gates = {name: gate_of(verdict(judge, name)) for name in networks}
     green = {name: net for name, net in networks.items() if gates[name].green}
-    ms = timed(workload, green, options)
+    ms = timed(workload, green, options, with_bf16=suite == SUITE)
     densities = {name: round(density, 5) for name, density in judge.densities.items()}
     about = {"config": workload.config, "rho": sum(densities.values()) / len(densities), "densities": densities}
     yield from points(suite, workload.name, gates, ms, about)
@@ -106,13 +106,15 @@ def gate_of(found: dict[str, Any]) -> Gate:
     return Gate(found["green"], WHAT, tuple(found["why"]))
 
 
-def timed(workload: Workload, networks: dict[str, nn.Module], options: Options) -> dict[str, Quantiles]:
+def timed(
+    workload: Workload, networks: dict[str, nn.Module], options: Options, *, with_bf16: bool = True
+) -> dict[str, Quantiles]:
     """20 %, 50 % and 80 % quantiles in ms of every variant, in alternation; nothing where no network passed."""
     if not networks:
         return {}
     fresh_compiler()
     with torch.no_grad():
-        dense = baselines(workload, options.compile and not options.quick)
+        dense = baselines(workload, options.compile and not options.quick, with_bf16)
         runs = {name: Call(net, workload, dtype) for name, net, dtype in dense}
         runs |= {name: Call(net, workload) for name, net in networks.items()}
         alternate(runs, 3)

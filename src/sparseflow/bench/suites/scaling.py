@@ -2,7 +2,8 @@
 
 Fully connected networks, feed-forward and recurrent, on spike trains along width, depth, batch and T; a convolutional
 one (the trained digits net of a source checkout, elsewhere SpikingJelly's ResNet-18 as a stand-in) along T, batch and
-resolution. One size changes at a time. Every point passes the gate of :mod:`sparseflow.bench.suites.gate` first.
+resolution. One size changes at a time, in fp32: what bf16 gives is in ``models``. Every point passes the gate of
+:mod:`sparseflow.bench.suites.gate` first.
 """
 
 from __future__ import annotations
