@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import io
 
-from rich.console import Console
-from rich.table import Table
+from sparseflow.report import render
 
 
 class Mode(enum.StrEnum):
@@ -76,6 +74,8 @@ class Aggregation:
     layers: tuple[LayerAggregation, ...]
 
     def __str__(self) -> str:
+        from rich.table import Table
+
         table = Table("layer", "mode", "K", "spikes", "ms", "speedup", "accuracy", "note")
         for layer in self.layers:
             table.add_row(
@@ -88,11 +88,7 @@ class Aggregation:
                 _shown(layer.accuracy, "{:.1%}"),
                 layer.note,
             )
-        out = io.StringIO()
-        console = Console(file=out, width=120)
-        console.print("\n".join(self._summary()))
-        console.print(table)
-        return out.getvalue().rstrip()
+        return render(*self._summary(), table)
 
     def _summary(self) -> list[str]:
         order = "" if self.order_drop is None else f"; shuffled frames cost {self.order_drop:.1%} accuracy"

@@ -33,6 +33,7 @@ class Choice:
 def unflatten_like(flat: Tensor, sequence: Tensor) -> Tensor:
     """``[T * N, ...]`` with the T of ``sequence [T, N, ...]``.
 
+    >>> import torch
     >>> unflatten_like(torch.zeros(6, 4), torch.zeros(3, 2)).shape
     torch.Size([3, 2, 4])
     """
