@@ -152,8 +152,7 @@ def test_every_network_learns(choice):
     spikes = (torch.rand(6, 3, 2, 12, 12) < 0.3).float()
     output = run(network, spikes)
     assert output.shape == (6, 3, 5)
-    assert set(output.unique().tolist()) <= {0.0, 1.0}
-    output.sum().backward()
+    (output - 1).square().sum().backward()
     gradients = [network.get_submodule(name).weight.grad for name in ("conv1", "conv2", "fc")]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert gradients[0].any()
@@ -178,8 +177,8 @@ def test_loop_and_layer_by_layer_are_the_same_network():
     spikes = (torch.rand(6, 3, 1, 12, 12) < 0.3).float()
     with torch.no_grad():
         looped, at_once = network(spikes), run(network, spikes)
-    assert looped.any()
-    assert torch.equal(looped, at_once)
+    assert looped.std() > 0.1
+    assert torch.allclose(looped, at_once, atol=1e-5)
 
 
 @pytest.mark.parametrize("choice", [CHOICE, JELLY], ids=["snntorch", "spikingjelly"])
@@ -191,7 +190,7 @@ def test_every_run_starts_from_rest(choice):
         first = run(network, spikes)
         assert torch.equal(run(network, spikes), first)
         reset(network)
-        assert torch.equal(network(spikes), first)
+        assert torch.allclose(network(spikes), first, atol=1e-5)
 
 
 def test_seed_decides_the_weights():
