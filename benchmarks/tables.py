@@ -9,14 +9,23 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import pathlib
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.summary import GOALS
+
+if TYPE_CHECKING:
+    from sparseflow.study.effects import Effect
+    from sparseflow.study.findings import Finding
+    from sparseflow.study.page import Prediction
+    from sparseflow.study.records import Study
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _FILES = (
@@ -27,6 +36,9 @@ _FILES = (
     "docs/cpu-kernels.md",
     "docs/gpu-kernels.md",
     "docs/gpu-benchmarks.md",
+    "docs/predict.md",
+    "docs/study.md",
+    "docs/temporal.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (0.01, 0.1, 0.3, 0.5, 1.0)
@@ -322,6 +334,249 @@ def _measured(layer: str, steps_times_batch: int, dtype: str) -> tuple[str, str]
     return dense, f"{max(ratios):.2f}x" if ratios else "none yet"
 
 
+def _predictor() -> dict[str, dict]:
+    """The fitted models of ``src/sparseflow/study/predictor.json`` by name."""
+    record = json.loads((_ROOT / "src" / "sparseflow" / "study" / "predictor.json").read_text())
+    names = ("dense_layer", "sparse_layer", "dense_net", "accelerated_net")
+    return {name.replace("_", " ").replace("net", "network"): record[name] for name in names}
+
+
+def predictor_errors() -> str:
+    """How far the latency predictor is off on what was held out of its fit."""
+    head = ["model", "median error", "90 % below", "held-out cases", "times compared", "median, architecture held out"]
+    return _table(head, [[name, *_error_cells(model["error"])] for name, model in _predictor().items()])
+
+
+def _error_cells(error: dict) -> list[str]:
+    other = error["architecture_median"]
+    shares = f"{error['median']:.1%}", f"{error['p90']:.1%}"
+    return [*shares, str(error["cases"]), str(error["points"]), "" if other is None else f"{other:.1%}"]
+
+
+def predictor_costs() -> str:
+    """What a unit of every term costs."""
+    models = _predictor().items()
+    body = [[name, term, f"{1e6 * cost:.4g}"] for name, model in models for term, cost in model["costs"].items()]
+    return _table(["model", "term", "ns a unit"], body)
+
+
+def simulated_cycles() -> str:
+    """Cycles of the accelerator by formula over simulated ones."""
+    ratios: dict[str, dict[float, str]] = {}
+    for row in _load("simulated_cycles.json")["rows"]:
+        cell = f"{row['formula']:.0f} / {row['simulated']} = {row['formula'] / row['simulated']:.2f}"
+        ratios.setdefault(row["layer"], {})[row["density"]] = cell
+    densities = list(next(iter(ratios.values())))
+    head = ["layer; formula / simulated", *(f"{density:.0%} spikes" for density in densities)]
+    return _table(head, [[layer, *cells.values()] for layer, cells in ratios.items()])
+
+
+def _of_study(table: Callable[[Study], str]) -> Callable[[], str]:
+    """A table of the committed study."""
+
+    @functools.wraps(table)
+    def made() -> str:
+        study = _study()
+        return "Not run yet on a quiet machine.\n" if study is None else table(study)
+
+    return made
+
+
+@functools.cache
+def _study() -> Study | None:
+    path = _ROOT / "benchmarks" / "results" / "study.json"
+    if not path.exists():
+        return None
+    from sparseflow.study import storage
+
+    return storage.load(path)
+
+
+@_of_study
+def study_about(study: Study) -> str:
+    """Where the study ran, and of how many networks it is."""
+    statuses = [net.status for net in study.nets]
+    ended = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    names = ("cpu", "threads", "torch", "spikingjelly", "snntorch", "optuna", "sparseflow", "commit")
+    about = [[name, str(study.environment.get(name, ""))] for name in names]
+    return _table(["", "value"], [["networks", ended], *about])
+
+
+@_of_study
+def study_findings(study: Study) -> str:
+    """Every published finding with its verdict, then each in words."""
+    from sparseflow.study.findings import findings
+
+    found = findings(study)
+    head = ["finding", "dataset", "published", "here", "95 % interval", "verdict"]
+    sentences = [f"- {each.name} ({each.dataset}): *{each.verdict}*. {each.sentence}\n" for each in found]
+    return _table(head, [_finding_row(each) for each in found]) + "\n" + "".join(sentences)
+
+
+def _finding_row(finding: Finding) -> list[str]:
+    from sparseflow.study.page import measured
+
+    return [finding.name, finding.dataset, finding.published, *measured(finding), finding.verdict]
+
+
+@_of_study
+def study_effects(study: Study) -> str:
+    """What each value of each choice changes."""
+    from sparseflow.study.effects import Outcome, effects
+
+    outcomes = (Outcome.ACCURACY, Outcome.SPIKES, Outcome.CYCLES, Outcome.ACCELERATED)
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for effect in effects(study.nets, outcomes):
+        rows.setdefault((effect.dataset, effect.parameter, effect.value), {})[effect.outcome] = _change(effect)
+    head = ["dataset", "choice", "value", *outcomes]
+    return _table(head, [[*key, *(cells.get(outcome, "") for outcome in outcomes)] for key, cells in rows.items()])
+
+
+def _change(effect: Effect) -> str:
+    if effect.change is None:
+        return ""
+    ends = effect.change_interval
+    interval = f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else ""
+    return f"{effect.change:+.1f} {effect.outcome.change_unit}{interval}"
+
+
+@_of_study
+def study_front(study: Study) -> str:
+    """The networks that no other beats in accuracy at their accelerated latency."""
+    from sparseflow.study.effects import pareto
+
+    body = []
+    for dataset in dict.fromkeys(net.choice.dataset for net in study.nets):
+        for net in pareto([net for net in study.nets if net.choice.dataset == dataset]):
+            dense, ours = (net.latency[path][1] for path in ("dense", "accelerated"))
+            figures = [f"{net.accuracy:.1%}", f"{ours:.3f}", f"{dense:.3f}", f"{net.cycles:,.0f}", f"{net.spikes:,.0f}"]
+            body.append([net.choice.name, *figures])
+    return _table(["network", "accuracy", "accelerated ms", "dense ms", "cycles", "spikes"], body)
+
+
+@_of_study
+def study_predictions(study: Study) -> str:
+    """Errors of predicted latencies."""
+    from sparseflow.study.page import predictions
+
+    head = ["dataset", "path", "networks", "median error", "90 % below", "median, calibrated"]
+    return _table(head, [_prediction_row(found) for found in predictions(study)])
+
+
+def _prediction_row(found: Prediction) -> list[str]:
+    shares = f"{found.error.median:.1%}", f"{found.error.p90:.1%}"
+    calibrated = "" if found.calibrated is None else f"{found.calibrated.median:.1%}"
+    return [found.dataset, found.path, str(found.error.points), *shares, calibrated]
+
+
+_NOT_MEASURED = "Not measured yet on a quiet machine.\n"
+
+
+def _temporal(part: str) -> list[dict]:
+    """Rows of a part of the benchmark of temporal aggregation; none where it has not run."""
+    path = _ROOT / "benchmarks" / "results" / "temporal.json"
+    return json.loads(path.read_text()).get(part, []) if path.exists() else []
+
+
+def temporal_speed() -> str:
+    """A training step and an inference call, over both baselines."""
+    rows = {row["method"]: row for row in _temporal("speed")}
+    if not rows:
+        return _NOT_MEASURED
+    head = [
+        "method, K",
+        "training step, ms",
+        "over T calls",
+        "over one call",
+        "inference, ms",
+        "over T calls",
+        "over one call",
+    ]
+    return _table(
+        head,
+        [[name, *_speeds(row, rows, "training ms"), *_speeds(row, rows, "inference ms")] for name, row in rows.items()],
+    )
+
+
+def _speeds(row: dict, rows: dict[str, dict], key: str) -> list[str]:
+    if row[key] is None:
+        return ["", "", ""]
+    baselines = (rows["T calls"][key][1], rows["one batched call"][key][1])
+    return [f"{row[key][1]:.1f}", *(f"{ms / row[key][1]:.2f}x" for ms in baselines)]
+
+
+def temporal_accuracy() -> str:
+    """Test accuracy of networks trained with every method and K, mean over seeds and the extremes."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for part in ("rate", "events", "motion"):
+        for row in _temporal(part):
+            if "method" in row:
+                cell = found.setdefault((row["method"], row["K"]), {}).setdefault(row["data"], [])
+                cell.append(row["accuracy"])
+    return _by_data(found, ["trained as", "K"]) if found else _NOT_MEASURED
+
+
+def temporal_conversions() -> str:
+    """Test accuracy of exact networks that were aggregated after training."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for part in ("rate", "events", "motion"):
+        for row in _temporal(part):
+            if row.get("asked") in ("collapse", "preserve"):
+                size = max(layer["K"] for layer in row["layers"])
+                found.setdefault((row["asked"], size), {}).setdefault(row["data"], []).append(row["accuracy"])
+    return _by_data(found, ["converted", "K"]) if found else _NOT_MEASURED
+
+
+def _by_data(found: dict[tuple[str, int], dict[str, list[float]]], keys: list[str]) -> str:
+    data = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    rows = [[*map(str, key), *(_spread(cells.get(name, [])) for name in data)] for key, cells in found.items()]
+    return _table([*keys, *data], rows)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{sum(values) / len(values):.1%} ({min(values):.1%} - {max(values):.1%})"
+
+
+def temporal_auto() -> str:
+    """What mode="auto" did with every trained network."""
+    rows = [row for part in ("rate", "events", "motion") for row in _temporal(part) if row.get("asked") == "auto"]
+    if not rows:
+        return _NOT_MEASURED
+    head = ["data, seed", "in time", "shuffling costs", "mode", "K by layer", "exact", "aggregated", "spikes", "speed"]
+    return _table(head, [_auto_row(row) for row in rows])
+
+
+def _auto_row(row: dict) -> list[str]:
+    layers = [layer for layer in row["layers"] if layer["layer"]]
+    drift = ", ".join("" if layer["drift"] is None else f"{layer['drift']:.2f}x" for layer in layers)
+    shares = [f"{row[key]:.0%}" for key in ("time share", "order drop")]
+    accuracies = [f"{row[key]:.1%}" for key in ("exact accuracy", "accuracy")]
+    sizes = ", ".join(str(layer["K"]) for layer in layers)
+    return [
+        f"{row['data']}, {row['seed']}",
+        *shares,
+        row["mode"],
+        sizes,
+        *accuracies,
+        drift,
+        f"{row['ms'][0] / row['ms'][1]:.2f}x",
+    ]
+
+
+def temporal_decisions() -> str:
+    """What mode="auto" decides by the frames of variants that nothing was tuned on."""
+    rows = _temporal("decisions")
+    if not rows:
+        return _NOT_MEASURED
+    body = [
+        [row["data"], f"{row['time share']:.0%}", row["mode"], "" if row["mode"] == row["right"] else "wrong"]
+        for row in rows
+    ]
+    return _table(["data", "in time", "mode", ""], body)
+
+
 TABLES = {
     "cpu_kernels": cpu_kernels,
     "fused_machine": fused_machine,
@@ -334,11 +589,24 @@ TABLES = {
     "occupancy": occupancy,
     "peers": peers,
     "predecessor": predecessor,
+    "predictor_costs": predictor_costs,
+    "predictor_errors": predictor_errors,
     "pruned_layers": pruned_layers,
     "pruned_networks": pruned_networks,
     "gpu_goals": gpu_goals,
     "roofline_float16": roofline_float16,
     "roofline_float32": roofline_float32,
+    "simulated_cycles": simulated_cycles,
+    "study_about": study_about,
+    "study_effects": study_effects,
+    "study_findings": study_findings,
+    "study_front": study_front,
+    "study_predictions": study_predictions,
+    "temporal_accuracy": temporal_accuracy,
+    "temporal_auto": temporal_auto,
+    "temporal_conversions": temporal_conversions,
+    "temporal_decisions": temporal_decisions,
+    "temporal_speed": temporal_speed,
     "startup": startup,
 }
 

@@ -51,3 +51,16 @@ def poison(monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """A browser; without one the test is skipped, or fails where SPARSEFLOW_REQUIRE_BROWSER=1."""
+    from benchmarks.browser import browser, missing
+
+    if reason := missing():
+        if os.environ.get("SPARSEFLOW_REQUIRE_BROWSER") == "1":
+            pytest.fail(f"SPARSEFLOW_REQUIRE_BROWSER=1, and {reason}")
+        pytest.skip(reason)
+    with browser() as driver:
+        yield driver

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .api import accelerate, analyze, calibrate, disabled, refresh, report, restore
 from .dispatch.cache import Calibration
 from .errors import (
@@ -23,9 +25,14 @@ from .observe import profile, verify
 from .plan import BlockPlan, LayerPlan, Path, Plan, Provenance, Reason
 from .pruning import PruningRecord, keep_zero_blocks, prune_blocks
 from .stepping import run
+from .temporal import AggregatedModel, aggregate
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .study.predict import predict
+
 __all__ = [
+    "AggregatedModel",
     "BackendUnavailableError",
     "BlockPlan",
     "Calibration",
@@ -43,10 +50,12 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "accelerate",
+    "aggregate",
     "analyze",
     "calibrate",
     "disabled",
     "keep_zero_blocks",
+    "predict",
     "profile",
     "prune_blocks",
     "refresh",
@@ -56,3 +65,12 @@ __all__ = [
     "run",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use what most programs never ask for."""
+    if name == "predict":
+        from .study.predict import predict
+
+        return predict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,9 @@
-"""The command line: ``python -m sparseflow env | report | bench``.
+"""The command line: ``python -m sparseflow env | report | bench | study``.
 
 ``report`` and ``bench`` take ``FILE.py:function``: a function without arguments that returns
 ``(model, example_input)``. Without one ``report`` uses a synthetic network, and says so, and ``bench`` runs its suites.
-Exit code 0 on success, 1 when the outputs of ``bench`` differ, when a gate is red or a case failed, 2 on an error (one
-line on the standard error output; ``--traceback`` shows its origin).
+Exit code 0 on success, 1 when the outputs of ``bench`` differ, when a gate is red, a case or a training of ``study``
+failed, 2 on an error (one line on the standard error output; ``--traceback`` shows its origin).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .bench import compare, gpus
 from .bench.synthetic import NOTE, synthetic_network
 from .env import environment
 from .errors import NothingAcceleratedWarning, SparseflowError
+from .study import cli as study_cli
 
 _REPEATS = 30
 
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(bench, without="the suites are run", backend=None)
     bench.add_argument("--repeats", type=_positive, help=f"alternations (default: {_REPEATS}; of suites 25, quick 3)")
     suites.add_arguments(bench)
+    summary = "train a grid of spiking networks, count their spikes, measure and predict what they cost"
+    study_cli.add_arguments(_add_command(commands, "study", study_cli.run, summary))
     return parser
 
 

@@ -244,7 +244,8 @@ def render(*parts: RenderableType, width: int = WIDTH) -> str:
     """Plain text of ``rich`` renderables, one below the other, without colours and trailing blanks."""
     from rich.console import Console
 
-    console = Console(width=width, no_color=True, highlight=False, markup=False, force_terminal=False)
+    plain = {"no_color": True, "highlight": False, "markup": False, "force_terminal": False, "force_jupyter": False}
+    console = Console(width=width, **plain)
     with console.capture() as capture:
         for part in parts:
             console.print(part)

@@ -1,13 +1,13 @@
 """Write the results of a benchmark as one HTML page that loads nothing from elsewhere.
 
 What has to be read first (the verdict, the machine, red gates, peers that could not be run) is HTML; charts and tables
-are drawn in the browser from the results inside the page: ``assets/*.js``. The same results give the same bytes.
+are drawn in the browser from the results inside the page: ``assets/*.js`` here and in ``sparseflow``. The same results
+give the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import Counter
@@ -20,8 +20,6 @@ from sparseflow.report import milliseconds
 
 from .records import Metric, Point, Quantiles, Results, Scope
 
-_ASSETS = "sparseflow.bench"
-_SCRIPTS = ("data.js", "charts.js", "tables.js", "main.js")
 _MEASURED = "measured"
 
 
@@ -114,11 +112,10 @@ def _verdict(point: Point) -> str:
 
 
 def _html(results: Results) -> str:
-    return offline.render(
-        offline.source(_ASSETS, "assets/page.html.j2"),
-        styles=offline.source(_ASSETS, "assets/page.css"),
-        scripts="\n".join(offline.source(_ASSETS, f"assets/{name}") for name in _SCRIPTS),
-        data=_json(_data(results)),
+    return offline.page(
+        "sparseflow.bench",
+        ("data.js", "charts.js", "points.js", "main.js"),
+        _data(results),
         results=results,
         rows=summary(results.points),
         red=[point for point in results.points if not point.gate.green],
@@ -155,9 +152,3 @@ def _point(point: Point) -> dict[str, Any]:
     del fields["densities"]
     spread = speedup_range(point)
     return fields | {"unit": point.metric.unit, "speedup": spread, "network": bool(point.densities)}
-
-
-def _json(data: dict[str, Any]) -> str:
-    # Inside <script> the text ends at the first "</script", wherever it stands.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

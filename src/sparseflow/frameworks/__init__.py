@@ -6,9 +6,11 @@ Neither framework is imported from here: a module of theirs can only exist once 
 from sparseflow.frameworks.registry import (
     emitted,
     fingerprint,
+    fire,
     is_container,
     is_time_leaf,
     is_unknown_neuron,
+    live_spec,
     neuron_spec,
     register_neuron,
     state_methods,
@@ -17,7 +19,7 @@ from sparseflow.frameworks.registry import (
     stores_sequence,
     unregister_neuron,
 )
-from sparseflow.frameworks.state import StateSnapshot, restore_state, snapshot_state
+from sparseflow.frameworks.state import StateSnapshot, read_state, restore_state, snapshot_state, write_state
 from sparseflow.neuron import Charge, NeuronSpec, Reset, ResetTiming
 
 __all__ = [
@@ -28,10 +30,13 @@ __all__ = [
     "StateSnapshot",
     "emitted",
     "fingerprint",
+    "fire",
     "is_container",
     "is_time_leaf",
     "is_unknown_neuron",
+    "live_spec",
     "neuron_spec",
+    "read_state",
     "register_neuron",
     "restore_state",
     "snapshot_state",
@@ -40,4 +45,5 @@ __all__ = [
     "steps_over_time",
     "stores_sequence",
     "unregister_neuron",
+    "write_state",
 ]

@@ -74,6 +74,31 @@ def neuron_spec(module: nn.Module) -> NeuronSpec | None:
     return spec
 
 
+def live_spec(module: nn.Module) -> NeuronSpec | None:
+    """:func:`neuron_spec` with trained constants as the tensors that gradients flow into.
+
+    >>> live_spec(nn.ReLU()) is None
+    True
+    """
+    spec = neuron_spec(module)
+    if spec is None or not spec.described or type(module) in _registered:
+        return spec
+    adapter = snntorch if snntorch.is_spiking_neuron(module) else spikingjelly
+    return dataclasses.replace(spec, **adapter.live_constants(module))
+
+
+def fire(module: nn.Module, spec: NeuronSpec, membrane: torch.Tensor) -> torch.Tensor:
+    """Spikes of a described neuron whose membrane is ``membrane``, 0 or 1, with its surrogate gradient.
+
+    A neuron that the user registered has no surrogate that could be known, and gives no gradient.
+    """
+    if type(module) in _registered:
+        reached = membrane >= spec.threshold if spec.comparator == ">=" else membrane > spec.threshold
+        return reached.to(membrane.dtype)
+    adapter = snntorch if snntorch.is_spiking_neuron(module) else spikingjelly
+    return adapter.fire(module, membrane)
+
+
 def _has_own_methods(module: nn.Module) -> bool:
     return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
 

@@ -195,4 +195,19 @@ def _lapicque(module: Any, **common: Any) -> NeuronSpec:
     return NeuronSpec(charge=Charge.DECAY_GAIN, decay=_float32(decay), input_gains=(r, rate, step), **common, **names)
 
 
+_TRAINED = {"beta": "decay", "alpha": "synapse_decay"}  # attributes by field of the record, all clamped to 0..1
+
+
+def live_constants(module: Any) -> dict[str, Any]:
+    """Constants of a described neuron's record that may be trained, as its forward computes them, with gradients."""
+    names = _CONSTANTS[type(module).__name__]
+    decays = {field: getattr(module, name).clamp(0, 1) for name, field in _TRAINED.items() if name in names}
+    return decays | {"threshold": module.threshold}
+
+
+def fire(module: Any, mem: Any) -> Any:
+    """Spikes of membrane ``mem``, with the gradient of the neuron's surrogate."""
+    return module.fire(mem)
+
+
 _UPDATES: dict[str, Callable[..., NeuronSpec]] = {"Lapicque": _lapicque, "Leaky": _leaky, "Synaptic": _synaptic}

@@ -225,6 +225,16 @@ def _plif(module: Any) -> NeuronSpec:
     )
 
 
+def live_constants(module: Any) -> dict[str, Any]:
+    """Constants of a described neuron's record that are trained, as its forward computes them, with gradients."""
+    return {"decay": module.w.sigmoid()} if type(module).__name__ == "ParametricLIFNode" else {}
+
+
+def fire(module: Any, v: Any) -> Any:
+    """Spikes of membrane ``v``, with the gradient of the neuron's surrogate."""
+    return module.surrogate_function(v - module.v_threshold)
+
+
 _DESCRIBED: dict[str, Callable[[Any], NeuronSpec]] = {"IFNode": _if, "LIFNode": _lif, "ParametricLIFNode": _plif}
 
 

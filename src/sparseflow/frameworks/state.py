@@ -1,4 +1,4 @@
-"""Saving and putting back everything a forward pass changes."""
+"""The state of neurons: reading and writing it, saving and putting back everything a forward pass changes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,25 @@ import torch
 from torch import nn
 
 _NOT_STATE = frozenset({"_parameters", "_modules"})
+
+
+def read_state(module: nn.Module, name: str) -> Any:
+    """What a neuron holds as its state ``name``: a tensor, or the number that it starts from."""
+    memories = module.__dict__.get("_memories")
+    if memories is not None and name in memories:
+        return memories[name]
+    return getattr(module, name, None)
+
+
+def write_state(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Have a neuron hold ``value`` as its state ``name``."""
+    memories = module.__dict__.get("_memories")
+    if memories is not None and name in memories:
+        memories[name] = value
+    elif name in module._buffers:
+        module._buffers[name] = value
+    else:
+        setattr(module, name, value)
 
 
 @dataclasses.dataclass(frozen=True)

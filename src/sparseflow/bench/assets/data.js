@@ -1,6 +1,5 @@
-// The results of the run, what of them is selected, and how figures are written. No drawing here.
+// What of the results is selected, and how it is grouped. No drawing here.
 
-const results = JSON.parse(document.getElementById("results").textContent);
 const controls = document.getElementById("controls");
 const SCALES = ["width", "resolution", "batch", "T", "depth"];
 const SHAPES = { exact: "circle", pruned: "diamond", peer: "triangle-up", approximate: "x" };
@@ -8,7 +7,6 @@ const DENSITY_SET = "density set"; // the parameter of a sweep; the density that
 const MEASURED = "measured";
 const ANY = "any";
 
-const distinct = (values) => [...new Set(values)];
 const kernels = distinct(results.points.map((point) => point.kernel));
 const isApproximate = (point) => point.scope === "approximate";
 // A point without a baseline's figure compares nothing, so that it cannot flatter.
@@ -18,7 +16,7 @@ const isDishonest = (point) => !point.honest && point.speedup !== null;
 function selection() {
   const chosen = Object.fromEntries([...controls.querySelectorAll("select")].map((select) => [select.name, select.value]));
   const ticked = [...document.querySelectorAll("#kernels input:checked")].map((box) => box.value);
-  const words = document.querySelector("input[name=text]").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const words = wordsOf(document.querySelector("input[name=text]").value);
   return { ...chosen, dishonest: controls.elements.dishonest.checked, kernels: new Set(ticked), words };
 }
 
@@ -43,17 +41,6 @@ function found(point, words) {
 }
 
 const sizeOf = (point, scale) => (typeof point.config[scale] === "number" && point.config[scale] > 0 ? point.config[scale] : null);
-
-/** Items by key, in the order of their first one. */
-function groupBy(items, key) {
-  const groups = new Map();
-  for (const item of items) {
-    const name = key(item);
-    if (!groups.has(name)) groups.set(name, []);
-    groups.get(name).push(item);
-  }
-  return groups;
-}
 
 /** The configuration as text that is equal for equal configurations, without one of its parameters. */
 function configKey(config, without) {
@@ -140,22 +127,8 @@ function crossoversOf({ members }, chosen) {
   return results.crossovers.filter((crossover) => crossover.case === members[0].case && chosen.kernels.has(crossover.kernel));
 }
 
-// ---- figures as text -------------------------------------------------------------------------------------------------
-
-/** Three significant digits, or a dash where nothing was measured. */
-function figure(value) {
-  if (value === null || value === undefined) return "-";
-  return Math.abs(value) >= 100 || value === 0 ? value.toFixed(0) : value.toPrecision(3);
-}
-
-const share = (value) => (value === null || value === undefined ? "-" : `${figure(100 * value)} %`);
-const times = (value) => `${figure(value)}x`;
-const range = ([low, , high]) => `${figure(low)}-${figure(high)}`;
-
 /** The configuration, without the density that was asked for: the one that came out is shown as rho. */
 function configText(config) {
   const shown = Object.entries(config).filter(([name]) => name !== DENSITY_SET);
   return shown.map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
 }
-
-const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;

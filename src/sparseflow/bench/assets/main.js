@@ -3,12 +3,6 @@
 const sweepSelect = document.querySelector("select[name=sweep]");
 const networkSelect = document.querySelector("select[name=network]");
 
-function fillSelect(select, options, chosen = options[0]?.[0]) {
-  select.replaceChildren(...options.map(([value, label = value]) => element("option", { value, text: label })));
-  if (chosen !== undefined) select.value = chosen;
-  select.disabled = options.length < 2;
-}
-
 function fillFilter(name, points, chosen = ANY) {
   fillSelect(controls.elements[name], [[ANY], ...distinct(points.map((point) => point[name])).map((value) => [value])], chosen);
 }

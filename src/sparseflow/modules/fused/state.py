@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseflow.frameworks import neuron_spec
+from sparseflow.frameworks import neuron_spec, read_state, write_state
 from sparseflow.graph.steps import Block
 from sparseflow.kernels.blocks.records import State
 from sparseflow.kernels.blocks.spikes import as_tensor, channels_last
@@ -88,7 +88,7 @@ class NeuronMemory:
         hold this very memory.
         """
         for name, slot in zip(self.names, self._slots, strict=True):
-            slot.secure(self._read(name) is slot.view, self.device)
+            slot.secure(read_state(self.module, name) is slot.view, self.device)
         places = self.places()
         fresh, start = self._load(()) if leads else (True, 0.0)
         if fresh:
@@ -102,23 +102,23 @@ class NeuronMemory:
 
     def held(self) -> tuple[Any, ...]:
         """What the neuron's attributes hold."""
-        return tuple(self._read(name) for name in self.names)
+        return tuple(read_state(self.module, name) for name in self.names)
 
     def put(self, values: tuple[Any, ...]) -> None:
         """Have the neuron's attributes hold what :meth:`held` returned."""
         for name, value in zip(self.names, values, strict=True):
-            self._write(name, value)
+            write_state(self.module, name, value)
 
     def wants_gradients(self) -> bool:
         """Whether what the neuron holds requires a gradient."""
-        values = (self._read(name) for name in self.names)
+        values = (read_state(self.module, name) for name in self.names)
         return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
     def release(self) -> None:
         """Leave contiguous copies in the neuron's attributes: forwards ask for views of what follows from its state."""
         for name, slot in zip(self.names, self._slots, strict=True):
-            if self._read(name) is slot.view:
-                self._write(name, slot.view.contiguous())
+            if read_state(self.module, name) is slot.view:
+                write_state(self.module, name, slot.view.contiguous())
 
     def peek(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copies of what :meth:`begin` would start from, in the order of the record."""
@@ -127,7 +127,7 @@ class NeuronMemory:
     def end(self) -> None:
         """Leave the last state in the neuron's attributes."""
         for name, slot in zip(self.names, self._slots, strict=True):
-            self._write(name, slot.view)
+            write_state(self.module, name, slot.view)
 
     def membrane_sequence(self, state: State) -> Tensor:
         """The membrane of every step as the graph knows it: ``[T, *lead, channels, *size]``, or that of one step."""
@@ -138,9 +138,9 @@ class NeuronMemory:
 
     def _secure(self, given: bool) -> None:
         for name, slot in zip(self.names, self._slots, strict=True):
-            held = self._read(name) is slot.view
+            held = read_state(self.module, name) is slot.view
             if held and given:  # the given state replaces it; it may be the very same tensor
-                self._write(name, None)
+                write_state(self.module, name, None)
             slot.secure(held and not given, self.device)
 
     def _load(self, given: tuple[Any, ...]) -> tuple[bool, float]:
@@ -161,18 +161,3 @@ class NeuronMemory:
         for i, slot in enumerate(self._slots):
             if not known[i]:
                 slot.memory.fill_(start if i == 0 else 0.0)
-
-    def _read(self, name: str) -> Any:
-        memories = self.module.__dict__.get("_memories")
-        if memories is not None and name in memories:
-            return memories[name]
-        return getattr(self.module, name, None)
-
-    def _write(self, name: str, value: Tensor | None) -> None:
-        memories = self.module.__dict__.get("_memories")
-        if memories is not None and name in memories:
-            memories[name] = value
-        elif name in self.module._buffers:
-            self.module._buffers[name] = value
-        else:
-            setattr(self.module, name, value)
