@@ -244,7 +244,13 @@ def render(*parts: RenderableType, width: int = WIDTH) -> str:
     """Plain text of ``rich`` renderables, one below the other, without colours and trailing blanks."""
     from rich.console import Console
 
-    plain = {"no_color": True, "highlight": False, "markup": False, "force_terminal": False, "force_jupyter": False}
+    plain: dict[str, Any] = {
+        "no_color": True,
+        "highlight": False,
+        "markup": False,
+        "force_terminal": False,
+        "force_jupyter": False,
+    }
     console = Console(width=width, **plain)
     with console.capture() as capture:
         for part in parts:

@@ -167,8 +167,10 @@ def _divided(name: str, spikes: Tensor, labels: Tensor, description: str) -> Dat
     """Split at random, always in the same way, with all classes equally often in each part."""
     rest, test = _two_parts(torch.arange(len(labels)), labels, _HELD_OUT)
     train, validation = _two_parts(rest, labels, _HELD_OUT / (1 - _HELD_OUT))
-    parts = [Split(spikes[:, part].to(torch.uint8), labels[part]) for part in (train, validation, test)]
-    return DataSet(name, int(labels.max()) + 1, *parts, description)
+    train, validation, test = (
+        Split(spikes[:, part].to(torch.uint8), labels[part]) for part in (train, validation, test)
+    )
+    return DataSet(name, int(labels.max()) + 1, train, validation, test, description)
 
 
 def _two_parts(indices: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -71,8 +71,15 @@ class Grid:
         return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
     def _combinations(self) -> list[Choice]:
-        fields = (self.frameworks, self.neurons, self.surrogates, self.betas, self.thresholds, self.slopes)
-        product = itertools.product(range(self.seeds), self.datasets, *fields, self.matched)
+        fields: tuple[Any, ...] = (
+            self.frameworks,
+            self.neurons,
+            self.surrogates,
+            self.betas,
+            self.thresholds,
+            self.slopes,
+        )
+        product: Any = itertools.product(range(self.seeds), self.datasets, *fields, self.matched)
         return list(dict.fromkeys(_canonical(Choice(*values, seed=seed)) for seed, *values in product))
 
 

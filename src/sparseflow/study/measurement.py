@@ -88,7 +88,8 @@ def activity(network: nn.Module, data: Split, accelerator: Accelerator | None = 
             counts = _by_sample(inputs[shape.name], len(found))
             totals[shape.name] += torch.stack([counts.sum(), cycles(shape, counts, accelerator).sum()])
     steps = data.spikes.shape[0]
-    layers = tuple(_layer(shape, *(totals[shape.name] / len(data)).tolist(), steps) for shape in shapes)
+    means = {name: (total / len(data)).tolist() for name, total in totals.items()}
+    layers = tuple(_layer(shape, means[shape.name][0], means[shape.name][1], steps) for shape in shapes)
     return Activity(hits / len(data), fired / len(data), layers)
 
 

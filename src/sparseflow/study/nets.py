@@ -190,7 +190,7 @@ def _lapicque(choice: Choice) -> dict[str, float]:
 def _snntorch_surrogate(choice: Choice) -> Any:
     from snntorch import surrogate
 
-    slope = PUBLISHED_SLOPES.get(choice.surrogate) if choice.slope is None else choice.slope
+    slope: Any = PUBLISHED_SLOPES.get(choice.surrogate) if choice.slope is None else choice.slope
     if choice.surrogate is Surrogate.STOCHASTIC:
         return surrogate.SSO(mean=0, variance=0.2)
     if choice.surrogate is Surrogate.ARCTAN:

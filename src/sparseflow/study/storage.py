@@ -63,8 +63,9 @@ def _choice(record: Row) -> Choice:
 
 
 def _layer(record: Row) -> Layer:
-    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in record["shape"].items()}
-    return Layer(**(record | {"shape": LayerShape(**shape)}))
+    shape: Row = {name: tuple(v) if isinstance(v, list) else v for name, v in record["shape"].items()}
+    values: Row = record | {"shape": LayerShape(**shape)}
+    return Layer(**values)
 
 
 def save_tables(study: Study, folder: Path) -> None:

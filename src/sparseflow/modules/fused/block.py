@@ -103,14 +103,14 @@ class BlockRun:
     def __call__(self, source: Any, residual: Any, given: tuple[Any, ...]) -> Any:
         """The result: packed spikes, or a dense tensor where the block has no neuron."""
         state = self.begin(given)
-        spikes = source if isinstance(source, PackedSpikes) else self._entered(source)
+        spikes: PackedSpikes | None = source if isinstance(source, PackedSpikes) else self._entered(source)
         if spikes is not None:
             result = self._on_spikes(spikes, residual, state)
         else:
             result = self._on_dense(source, self.epilogue(residual), state)
         return self.end(state, result)
 
-    def _entered(self, x: Tensor) -> PackedSpikes | None:
+    def _entered(self, x: Any) -> PackedSpikes | None:
         """A dense input packed, where the plan found spikes in it and it holds nothing else this time either."""
         return None if self._entry is None else self.ops.pack(x, self._entry)
 
@@ -243,7 +243,7 @@ class BlockRun:
         layout, x = self.block.layout, pooled(currents, self.block.map_size, window)
         return self.ops.neuron(x, layout.pixels, len(layout.size), Epilogue(), self.dynamics, state, self.block.steps)
 
-    def _on_dense(self, x: Tensor, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
+    def _on_dense(self, x: Any, epilogue: Epilogue, state: State | None) -> PackedSpikes | Tensor:
         if self.layer is not None:
             once = None if self.block.repeated else self._first_step(x)
             x = x if once is None else once
