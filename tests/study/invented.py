@@ -94,7 +94,7 @@ def everything() -> Study:
     """Two datasets, both frameworks, every status; effects of the surrogate, the neuron, beta and the threshold."""
     random = np.random.default_rng(7)
     nets = [_invented(found, random) for found in _choices()]
-    return Study(ENVIRONMENT, tuple(nets), settings={"epochs": 12, "test images": 360})
+    return Study(ENVIRONMENT, tuple(nets), settings={"training": {"epochs": 12, "batch": 64}, "samples": None})
 
 
 def _choices() -> Iterator[Choice]:

@@ -68,7 +68,8 @@ class TestHeader:
         assert choices["framework"] == "snntorch, spikingjelly"
         assert choices["slope"] == "default"
         assert choices["seed"] == "0, 1"
-        assert choices["test images"] == "360"
+        assert choices["training"] == "epochs: 12, batch: 64"
+        assert choices["samples"] == "None"
         assert dict(rows_of(text, "environment")) == {key: str(value) for key, value in study.environment.items()}
 
 

@@ -39,7 +39,7 @@ function rowsOf(names) {
     text: isNarrow() ? plain(name).replace(": ", ":<br>") : plain(name),
   }));
   const axis = { showticklabels: false, showgrid: false, range: [-0.45, names.length - 0.25], fixedrange: true };
-  return { positions, axis, annotations, height: 70 + (isNarrow() ? 58 : 40) * names.length };
+  return { positions, axis, annotations, height: 90 + (isNarrow() ? 58 : 40) * names.length };
 }
 
 const zeroLine = () => ({ type: "line", xref: "x", x0: 0, x1: 0, yref: "paper", y0: 0, y1: 1, line: { color: css("--even"), width: 1.2 } });
