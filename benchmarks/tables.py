@@ -510,20 +510,18 @@ def temporal_accuracy() -> str:
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     for part in ("rate", "events", "motion"):
         for row in _temporal(part):
-            if "method" in row:
-                cell = found.setdefault((row["method"], row["K"]), {}).setdefault(row["data"], [])
-                cell.append(row["accuracy"])
+            cell = found.setdefault((row["method"], row["K"]), {}).setdefault(row["data"], [])
+            cell.append(row["accuracy"])
     return _by_data(found, ["trained as", "K"]) if found else _NOT_MEASURED
 
 
 def temporal_conversions() -> str:
     """Test accuracy of exact networks that were aggregated after training."""
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for part in ("rate", "events", "motion"):
-        for row in _temporal(part):
-            if row.get("asked") in ("collapse", "preserve"):
-                size = max(layer["K"] for layer in row["layers"])
-                found.setdefault((row["asked"], size), {}).setdefault(row["data"], []).append(row["accuracy"])
+    for row in _temporal("converted"):
+        if row["asked"] != "auto":
+            size = max(layer["K"] for layer in row["layers"])
+            found.setdefault((row["asked"], size), {}).setdefault(row["data"], []).append(row["accuracy"])
     return _by_data(found, ["converted", "K"]) if found else _NOT_MEASURED
 
 
@@ -541,7 +539,7 @@ def _spread(values: list[float]) -> str:
 
 def temporal_auto() -> str:
     """What mode="auto" did with every trained network."""
-    rows = [row for part in ("rate", "events", "motion") for row in _temporal(part) if row.get("asked") == "auto"]
+    rows = [row for row in _temporal("converted") if row["asked"] == "auto"]
     if not rows:
         return _NOT_MEASURED
     head = ["data, seed", "in time", "shuffling costs", "mode", "K by layer", "exact", "aggregated", "spikes", "speed"]
