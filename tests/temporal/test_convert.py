@@ -259,6 +259,18 @@ class TestAuto:
         assert before == 1.0
         assert after == ours.report.layers[0].accuracy
 
+    def test_an_iterator_of_batches_serves_every_trial(self):
+        model, x = Convolutional().eval(), rate_coded(16)
+        with torch.no_grad():
+            labels = model(x).argmax(-1)
+        ours = sparseflow.aggregate(model, x, group_size=2, validate=iter([(x, labels)]), max_drop=1)
+        assert ours.report.accuracy[0] == 1.0
+        assert len(blocks(ours)) == 2
+
+    def test_no_samples(self):
+        with pytest.raises(ValueError, match="no samples"):
+            sparseflow.aggregate(Convolutional().eval(), rate_coded(16), group_size=2, validate=[])
+
 
 def test_the_report_counts_spikes_and_times():
     model, x = Convolutional().eval(), rate_coded()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,7 +88,8 @@ def aggregate(
         done to each layer, what it did to accuracy and spike counts, and measured times.
 
     Raises:
-        ValueError: ``mode`` or ``group_size`` is none of these, or ``"auto"`` comes without ``validate``.
+        ValueError: ``mode`` or ``group_size`` is none of these, ``"auto"`` comes without ``validate``, or ``validate`` is
+            empty.
         sparseflow.graph.tracer.TraceError: the forward cannot be traced.
 
     >>> import sparseflow
@@ -138,7 +139,8 @@ class _Search:
         raise_layers(self.model)
         self.model.eval()
         self.args, self.kwargs, self.max_drop = args, kwargs, max_drop
-        self.validate = validate
+        # Every layer and K goes through it once more.
+        self.validate = list(validate) if isinstance(validate, Iterator) else validate
         self.graph = _traced(self.model, args, kwargs)
         self.values = example_values(self.model, self.graph, args, kwargs).tensors
         self.sites, self.refused = find_sites(self.graph, self.values)
@@ -202,6 +204,8 @@ class _Search:
             right += int((scores(network(*args, **kwargs)).argmax(-1).cpu() == labels.cpu()).sum())
             total += len(labels)
         reset(network)
+        if not total:
+            raise ValueError("validate has no samples")
         return right / total
 
     # ---- trying
