@@ -53,6 +53,14 @@ class TestGate:
         assert list(judge.densities) == ["lif1", "lif2", "lif3"]
         assert found["outputs"]["lif3"] == 25 * 4 * 10
 
+    @pytest.mark.parametrize("recurrent", [False, True])
+    def test_a_single_step_is_green(self, recurrent):
+        case = nets.fully_connected(32, recurrent=recurrent, batch=2, steps=1, density=0.1, count=2)
+        judge = gate.judged(case, {"level 2": sparse(case.build(), case)})
+        found = gate.verdict(judge, "level 2")
+        assert found["green"], found["why"]
+        assert set(found["outputs"].values()) == {2 * 2 * 32}
+
     @pytest.mark.skipif(not engine.available(), reason="fused blocks need the native engine")
     def test_spikes_are_those_of_the_fused_blocks(self, case, loop_case):
         for each in (case, loop_case):
@@ -141,5 +149,5 @@ class TestGate:
                 with watch.watching(net) as (inputs, _):
                     net(x)
             for name, calls in inputs.items():
-                assert bool((sums[name] >= watch._over_time(calls).abs() * (1 - 1e-12)).all())
+                assert bool((sums[name] >= watch._over_time(watch.neurons(net)[name], calls).abs() * (1 - 1e-12)).all())
             assert bool((answer >= exact.readout.abs() * (1 - 1e-12)).all())

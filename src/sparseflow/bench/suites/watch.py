@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseflow.frameworks import neuron_spec
+from sparseflow.frameworks import neuron_spec, steps_over_time
 from sparseflow.frameworks.registry import state_tensors
 from sparseflow.kernels.blocks.spikes import unpack
 from sparseflow.modules.fused.block import BlockRun
@@ -111,8 +111,9 @@ def see(workload: Workload, net: nn.Module, x: Tensor, *, potentials: bool = Fal
     workload.reset(net)
     with watching(net) as (inputs, outputs):
         net(x)
-    spikes = {name: _over_time([_spikes(call) for call in calls]) != 0 for name, calls in outputs.items()}
     modules = neurons(net)
+    fired = {name: [_spikes(call) for call in calls] for name, calls in outputs.items()}
+    spikes = {name: _over_time(modules[name], calls) != 0 for name, calls in fired.items()}
     found = {name: _potentials(modules[name], inputs[name], outputs[name]) for name in outputs} if potentials else {}
     return Seen(readout, ends, spikes, found, "layers")
 
@@ -126,9 +127,9 @@ def _spikes(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _over_time(calls: list[Tensor]) -> Tensor:
-    """``[T, N, ...]`` of one multi-step call or of T calls."""
-    return calls[0] if len(calls) == 1 else torch.stack(calls)
+def _over_time(neuron: nn.Module, calls: list[Tensor]) -> Tensor:
+    """``[T, N, ...]`` of one call over all time steps or of one for each."""
+    return calls[0] if steps_over_time(neuron) and len(calls) == 1 else torch.stack(calls)
 
 
 def _potentials(module: nn.Module, inputs: list[Tensor], outputs: list[Any]) -> Tensor:
@@ -139,7 +140,7 @@ def _potentials(module: nn.Module, inputs: list[Tensor], outputs: list[Any]) -> 
     node, silent = _single_step(module), _single_step(module)
     silent.v_threshold = math.inf
     found = []
-    for current in _over_time(inputs):
+    for current in _over_time(module, inputs):
         silent.v = node.v
         silent.forward(current)
         node.forward(current)
@@ -165,7 +166,8 @@ def magnitudes(workload: Workload, net: nn.Module, x: Tensor, spikes: Layers) ->
     workload.reset(twin)
     with _fed_with(twin, spikes) as inputs:
         readout = workload.readout(twin(x.abs()))
-    return {name: _over_time(calls) for name, calls in inputs.items()}, readout
+    modules = neurons(twin)
+    return {name: _over_time(modules[name], calls) for name, calls in inputs.items()}, readout
 
 
 def _make_positive(module: nn.Module) -> None:
