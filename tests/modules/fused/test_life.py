@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparseflow
+from sparseflow.modules.fused import model as fused_model
 from sparseflow.modules.fused.model import fusion_of
 from sparseflow.plan import Reason
 
@@ -197,6 +198,29 @@ def test_counters_of_operations_see_all_of_them(pair):
             outputs(model, images())
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+# ---- plans that lost
+
+
+def test_a_plan_that_lost_is_tried_with_other_weights(monkeypatch):
+    x, net = images(), on_grid(Small()).eval()
+    dense = copy.deepcopy(net)
+    with monkeypatch.context() as slow:
+        slow.setattr(fused_model, "_MAX_LOSS", 0.0)
+        ours = sparseflow.accelerate(net, x)
+    assert fusion_of(ours).last.reason is Reason.FUSED_LOSES
+    monkeypatch.setattr(fused_model, "_MAX_LOSS", float("inf"))
+    for _ in range(3):
+        outputs(ours, x)
+    assert not is_fused(ours)
+    functional.reset_net(ours)
+    for model in (dense, ours):
+        sparseflow.prune_blocks(model, density=0.5)
+    results = [[outputs(model, x) for model in (ours, dense)] for _ in range(2)]
+    assert is_fused(ours)
+    for mine, theirs in results:
+        assert_equal(mine, theirs)
 
 
 # ---- copies

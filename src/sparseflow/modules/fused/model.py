@@ -160,13 +160,16 @@ class Fusion:
         return (f"not replayed as a CUDA graph: {why}" if why else "replayed as a CUDA graph",)
 
     def refresh(self) -> None:
-        """Prepare the weights of all plans anew at the next call; drop plans that were made for others."""
+        """Prepare the weights of all plans anew at the next call; drop plans that were made for others.
+
+        A plan that lost is forgotten: with other weights, such as pruned ones, it may win.
+        """
         for key, planned in list(self.plans.items()):
-            if planned.program is None:
-                continue
-            if planned.program.fits():
+            if planned.reason is Reason.FUSED_LOSES:
+                del self.plans[key]
+            elif planned.program is not None and planned.program.fits():
                 planned.program.refresh()
-            else:
+            elif planned.program is not None:
                 del self.plans[key]
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Planned:
