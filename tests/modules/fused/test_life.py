@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparseflow
+from sparseflow.dispatch.measure import Times
 from sparseflow.modules.fused import model as fused_model
 from sparseflow.modules.fused.model import fusion_of
 from sparseflow.plan import Reason
@@ -201,6 +202,21 @@ def test_counters_of_operations_see_all_of_them(pair):
 
 
 # ---- plans that lost
+
+
+@pytest.mark.parametrize(("fused", "wins"), [([9.0, 2.0, 1.0], True), ([9.0, 4.0, 3.5], False)])
+def test_a_plan_is_dropped_only_after_it_lost_again(monkeypatch, fused, wins):
+    times, x = iter(fused), images()
+
+    def measured(runs, budget):
+        assert runs.keys() == {"fused", "layers"}
+        return Times({"fused": next(times), "layers": 3.0}, True)
+
+    monkeypatch.setattr(fused_model, "fastest", measured)
+    last = fusion_of(sparseflow.accelerate(on_grid(Small()).eval(), x)).last
+    assert (last.fused_ms, last.layers_ms) == ((2.0, 3.0) if wins else (3.5, 3.0))
+    assert (last.reason is Reason.FUSED_LOSES) is not wins
+    assert list(times) == ([1.0] if wins else [])
 
 
 def test_a_plan_that_lost_is_tried_with_other_weights(monkeypatch):

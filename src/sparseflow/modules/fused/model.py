@@ -41,6 +41,7 @@ ATTRIBUTE = "_sparseflow_fusion"
 logger = logging.getLogger("sparseflow")
 _MAX_PLANS = 8
 _MAX_LOSS = 1.0
+_CONTESTS = 3
 _VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -331,7 +332,11 @@ def _forget_packed(model: nn.Module, program: Program) -> None:
 
 
 def _contest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], planned: Planned) -> None:
-    """Keep the plan only if it is faster than the model's own forward with its layers on their own."""
+    """Keep the plan only if it is faster than the model's own forward with its layers on their own.
+
+    A network is long enough that a few runs spend the budget, and other work may disturb them all: one that loses is
+    measured again before it is dropped for good.
+    """
     program = planned.program
     assert program is not None
     with isolated(model):
@@ -344,7 +349,12 @@ def _contest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pl
         for run in runs.values():
             for _ in range(1 if planned.replayed is None else WARM_UP):
                 run()
-        times = fastest(runs, MeasureBudget().layer_ms).ms
+        times = dict.fromkeys(runs, float("inf"))
+        for _ in range(_CONTESTS):
+            found = fastest(runs, MeasureBudget().layer_ms).ms
+            times = {name: min(ms, found[name]) for name, ms in times.items()}
+            if times["fused"] <= _MAX_LOSS * times["layers"]:
+                break
     planned.fused_ms, planned.layers_ms = times["fused"], times["layers"]
     if times["fused"] > _MAX_LOSS * times["layers"]:
         planned.program, planned.replayed, planned.reason = None, None, Reason.FUSED_LOSES
