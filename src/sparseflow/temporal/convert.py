@@ -88,8 +88,8 @@ def aggregate(
         done to each layer, what it did to accuracy and spike counts, and measured times.
 
     Raises:
-        ValueError: ``mode`` or ``group_size`` is none of these, ``"auto"`` comes without ``validate``, or it is
-            empty.
+        ValueError: ``mode`` or ``group_size`` is none of these, ``"auto"`` comes without ``validate``, or
+            ``validate`` is empty.
         sparseflow.graph.tracer.TraceError: the forward cannot be traced.
 
     >>> import sparseflow
