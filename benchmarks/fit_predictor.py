@@ -26,6 +26,7 @@ from torch import nn
 
 from sparseflow.bench.suites.baselines import Workload
 from sparseflow.bench.suites.shapes import SHAPES
+from sparseflow.modules.fused.block import MAX_INPUT_DENSITY
 from sparseflow.study.predictor import (
     FILE,
     LayerModels,
@@ -113,8 +114,8 @@ def read_calls() -> Calls:
 
 
 def _call_of(record: dict[str, Any]) -> tuple[NetCall, dict[str, float]]:
-    layers = tuple(LayerCall(_shape_of(layer["shape"]), layer["rows"], layer["calls"]) for layer in record["layers"])
-    return NetCall(layers, record["neuron_steps"]), record["densities"]
+    layers = (LayerCall(**layer | {"shape": _shape_of(layer["shape"])}) for layer in record["layers"])
+    return NetCall(tuple(layers), record["neuron_steps"]), record["densities"]
 
 
 def _shape_of(record: dict[str, Any]) -> LayerShape:
@@ -138,8 +139,14 @@ def _traced(workload: Workload) -> dict[str, Any]:
     workload.reset(net)
     call = trace(net, workload.inputs[0])
     densities = _densities(net, workload)
-    del densities[call.names[0]]  # reads the input of the model, which accelerate does not take for spikes
+    if not all(_is_spikes(x) for x in workload.inputs):
+        del densities[call.names[0]]  # which reads the input of the model, and runs dense
     return dataclasses.asdict(call) | {"densities": densities}
+
+
+def _is_spikes(x: torch.Tensor) -> bool:
+    """Whether ``accelerate`` packs an input of the model."""
+    return bool(((x == 0) | (x == 1)).all()) and float(x.mean()) < MAX_INPUT_DENSITY
 
 
 def _densities(net: nn.Module, workload: Workload) -> dict[str, float]:

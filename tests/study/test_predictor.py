@@ -188,7 +188,11 @@ def test_accelerated_layer_takes_all_steps_at_once():
     shape = LayerShape("fc", 64, 10)
     assert fused_terms(LayerCall(shape, 2, 25), 0.1, CALL_ONLY) == fused_terms(LayerCall(shape, 50), 0.1, CALL_ONLY)
     assert fused_terms(LayerCall(shape, 2, 25), 0.1, CALL_ONLY)["spikes"] == pytest.approx(0.5 * 0.1 * 50 * 640)
-    assert fused_terms(LayerCall(shape, 2, 25), 1.0, CALL_ONLY) == {"dense layers": 1.0, "layer outputs": 500}
+    assert fused_terms(LayerCall(shape, 2, 25), 1.0, CALL_ONLY) == {
+        "dense layers": 1.0,
+        "layer calls": 1.0,
+        "layer outputs": 500,
+    }
     assert eager_terms(LayerCall(shape, 2, 25), CALL_ONLY) == {"layers": 25.0, "layer outputs": 500}
 
 
@@ -197,7 +201,19 @@ def test_terms_of_a_network_are_sums():
     net, outputs = NetCall((one, two), neuron_steps=5), 8 * 8
     assert dense_net_terms(net, CALL_ONLY) == {"neuron steps": 5, "layers": 4.0, "layer outputs": outputs}
     found = accelerated_net_terms(net, {"two": 0.5}, CALL_ONLY)
-    assert found == {"call": 1, "dense layers": 1.0, "layer outputs": outputs, "spikes": 0.5 * 0.5 * 6 * 64}
+    assert found == {
+        "call": 1,
+        "dense layers": 1.0,
+        "layer calls": 2.0,
+        "layer outputs": outputs,
+        "spikes": 0.5 * 0.5 * 6 * 64,
+    }
+
+
+def test_a_recurrent_layer_is_called_at_every_step():
+    shape = LayerShape("fc", 64, 10)
+    one, all_steps = (fused_terms(LayerCall(shape, 2, *calls), 0.1, CALL_ONLY) for calls in ((), (25, 25)))
+    assert all_steps == {name: 25 * amount for name, amount in one.items()}
 
 
 def test_steps_are_split_into_equal_calls():

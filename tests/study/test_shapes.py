@@ -9,6 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import sparseflow
+from sparseflow.bench.suites.loops import recurrent_net
 from sparseflow.study.records import LayerShape
 from sparseflow.study.shapes import LayerCall, shapes_of, trace
 
@@ -52,6 +53,13 @@ def test_loop_over_time_calls_a_layer_at_each_step():
     call = trace(Loop(), torch.zeros(6, 8))
     assert call.layers == (LayerCall(LayerShape("fc", 8, 3), rows=6, calls=5),)
     assert (call.layers[0].outputs, call.neuron_steps) == (5 * 6 * 3, 5)
+
+
+def test_a_recurrent_layer_runs_at_each_step_when_fused():
+    net = recurrent_net(8, 1)
+    (forward, recurrent, readout) = trace(net, torch.zeros(5, 2, 8)).layers
+    assert (forward.calls, recurrent.calls, readout.calls) == (5, 5, 5)
+    assert (forward.fused_calls, recurrent.fused_calls, readout.fused_calls) == (1, 5, 1)
 
 
 def test_model_is_as_before():

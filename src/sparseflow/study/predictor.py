@@ -148,14 +148,16 @@ def eager_terms(call: LayerCall, models: LayerModels) -> Terms:
 
 
 def fused_terms(call: LayerCall, density: float, models: LayerModels) -> Terms:
-    """Of a layer in an accelerated network, which takes all time steps in one call.
+    """Of a layer in an accelerated network, which takes all time steps in one call unless it is recurrent.
 
     At density 1 its input is no spikes, and it runs dense.
     """
-    at_once = LayerCall(call.shape, call.total_rows)
+    times = call.fused_calls
+    one = LayerCall(call.shape, call.total_rows // times)
+    around = {"layer calls": float(times), "layer outputs": call.outputs}
     if density >= 1.0:
-        return {"dense layers": models.dense.ms(dense_terms(at_once)), "layer outputs": call.outputs}
-    return {"spikes": models.sparse.ms(_work(at_once, density)), "layer outputs": call.outputs}
+        return {"dense layers": times * models.dense.ms(dense_terms(one))} | around
+    return {"spikes": times * models.sparse.ms(_work(one, density))} | around
 
 
 def dense_net_terms(net: NetCall, models: LayerModels) -> Terms:

@@ -12,11 +12,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparseflow.frameworks import neuron_spec, steps_over_time
 from sparseflow.graph.isolation import copied, isolated
+from sparseflow.graph.reroll import reroll
+from sparseflow.graph.tracer import TraceError
+from sparseflow.graph.tracer import trace as graph_of
 from sparseflow.lowering import as_arguments
 from sparseflow.modules.fused.model import own_forward
 
@@ -27,6 +31,9 @@ from .records import LayerShape
 class LayerCall:
     """A layer in one call of a network: it runs ``calls`` times, on ``rows`` images and time steps each.
 
+    ``fused_calls`` is how often it runs in an accelerated network: once on all steps, unless its input depends on what
+    the layer gave a step before, as in a recurrent network.
+
     >>> call = LayerCall(LayerShape("fc", 128, 10), rows=4, calls=25)
     >>> call.macs, call.total_rows
     (5120, 100)
@@ -35,6 +42,7 @@ class LayerCall:
     shape: LayerShape
     rows: int
     calls: int = 1
+    fused_calls: int = 1
 
     @property
     def total_rows(self) -> int:
@@ -100,8 +108,23 @@ def trace(model: nn.Module, example_input: Any) -> NetCall:
         raise ValueError(
             f"no convolution or linear layer of this {type(model).__name__} ran: there is nothing to predict"
         )
-    layers = tuple(LayerCall(shape, rows, calls) for (shape, rows), calls in watch.layers.items())
-    return NetCall(layers, watch.steps)
+    stepwise = _stepwise(model, args, kwargs) if max(watch.layers.values()) > 1 else collections.Counter()
+    layers = (
+        LayerCall(shape, rows, calls, min(calls, stepwise.get(shape.name, calls)))
+        for (shape, rows), calls in watch.layers.items()
+    )
+    return NetCall(tuple(layers), watch.steps)
+
+
+def _stepwise(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> collections.Counter[str]:
+    """How often each layer is called once loops over time are batched; empty where the forward cannot be traced."""
+    try:
+        with own_forward(model), torch.no_grad():
+            graph = graph_of(model, args, kwargs)
+            graph = reroll(graph, args, kwargs) or graph
+    except TraceError:
+        return collections.Counter()
+    return collections.Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
 
 
 def shapes_of(model: nn.Module, example_input: Any) -> list[LayerShape]:
