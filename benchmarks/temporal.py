@@ -38,7 +38,9 @@ RESULTS = pathlib.Path(__file__).with_name("results") / "temporal.json"
 WEIGHTS = pathlib.Path(__file__).parents[1] / "out" / "temporal"
 STEPS, SIDE = 16, 16
 SIZES = (2, 4, 8, 16)
+LEARNED = "collapse, learned"
 _BATCH, _RATE = 64, 3e-3
+_FRAMES_RATE = 5e-2  # of logarithms, which start as far down as -9
 _MOVING = {"count": 1440, "test": 480}
 _CONVERTED = 240  # samples that a conversion is validated with, none of which is trained on or tested with
 
@@ -64,13 +66,14 @@ class Net(nn.Module):
     """Two convolutional spiking layers and a linear readout, averaged over time: ``[T, N, C, H, W]`` to logits.
 
     ``method``: ``"exact"`` (SpikingJelly's own layers in multi-step mode), ``"collapse"`` (the first layer collapses
-    time by K, the rest runs on what is left), ``"preserve"`` (every convolution sees one frame for K).
+    time by K, the rest runs on what is left), ``"collapse, learned"`` (with weights of the frames that are trained),
+    ``"preserve"`` (every convolution sees one frame for K).
     """
 
     def __init__(self, channels: int, classes: int, method: str = "exact", size: int = 1, widths: tuple = (16, 32)):
         super().__init__()
         first = _block(channels, widths[0], method, size)
-        second = _block(widths[0], widths[1], "exact" if method == "collapse" else method, size)
+        second = _block(widths[0], widths[1], "exact" if method.startswith("collapse") else method, size)
         pool = layer.AvgPool2d(2, step_mode="m")
         ends = layer.AdaptiveAvgPool2d((4, 4), step_mode="m"), layer.Flatten(step_mode="m")
         self.body = nn.Sequential(first, pool, second, *ends)
@@ -86,8 +89,8 @@ class Net(nn.Module):
 
 def _block(inputs: int, outputs: int, method: str, size: int) -> nn.Module:
     conv, norm = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
-    if method == "collapse":
-        return TAC(conv, lif(), size, norm=norm)
+    if method.startswith("collapse"):
+        return TAC(conv, lif(), size, norm=norm, learn_weights=method == LEARNED)
     if method == "preserve":
         return TACTP(conv, lif(), size, norm=norm)
     conv = layer.Conv2d(inputs, outputs, 3, padding=1, bias=False, step_mode="m")
@@ -165,7 +168,10 @@ def trained(net: nn.Module, data: Data, seed: int) -> nn.Module:
     """Train in place with Adam and a cosine schedule."""
     torch.manual_seed(seed)
     x, y = data.train
-    optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=1e-4)
+    named = dict(net.named_parameters())
+    frames = [named.pop(name) for name in list(named) if name.endswith("log_weights")]
+    groups = [{"params": named.values()}, {"params": frames, "lr": _FRAMES_RATE, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups if frames else groups[:1], lr=_RATE, weight_decay=1e-4)
     batches = data.epochs * -(-len(y) // _BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, batches)
     net.train()
@@ -215,6 +221,7 @@ def _methods() -> Iterator[tuple[str, int]]:
     yield "exact", 1
     for size in SIZES:
         yield "collapse", size
+        yield LEARNED, size
         yield "preserve", size
 
 
