@@ -548,7 +548,8 @@ def _by_data(found: dict[tuple[str, int], dict[str, list[float]]], keys: list[st
 def _spread(values: list[float]) -> str:
     if not values:
         return ""
-    return f"{sum(values) / len(values):.1%} ({min(values):.1%} - {max(values):.1%})"
+    mean = f"{sum(values) / len(values):.1%}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1%} - {max(values):.1%})"
 
 
 def temporal_auto() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -47,20 +48,52 @@ def test_temporal_networks_see_fewer_frames(method, size):
 
 
 @pytest.mark.parametrize("make", [temporal.rate, temporal.motion, temporal.events])
-def test_every_method_is_trained_and_converted(make):
+def test_every_method_is_trained_and_the_exact_network_kept(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(temporal, "WEIGHTS", tmp_path)
     data = few(make())
     assert not torch.equal(data.train[0][:, :8], data.test[0][:, :8])
-    rows = list(temporal.training(data, seeds=1))
-    trained = [(row["method"], row["K"]) for row in rows if "method" in row]
-    assert trained == [("exact", 1), ("collapse", 4), ("preserve", 4)]
-    asked = [row["asked"] for row in rows if "asked" in row]
-    assert asked == ["collapse", "preserve", "auto"]
+    rows = list(temporal.training(data, seeds=[3]))
+    methods = [("exact", 1), ("collapse", 4), (temporal.LEARNED, 4), ("preserve", 4)]
+    assert [(row["method"], row["K"], row["seed"]) for row in rows] == [(*method, 3) for method in methods]
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert temporal.accuracy(temporal._exact(data, 3), *data.test) == rows[0]["accuracy"]
+
+
+def test_weights_of_the_frames_are_learned():
+    data = few(temporal.rate())
+    net = temporal.Net(1, 10, temporal.LEARNED, 4)
+    before = net.body[0].weights().detach().clone()
+    temporal.trained(net, data, seed=0)
+    assert not torch.allclose(net.body[0].weights(), before)
+
+
+def test_conversions_take_kept_networks(monkeypatch, tmp_path):
+    monkeypatch.setattr(temporal, "WEIGHTS", tmp_path)
+    for name in ("rate", "motion", "events"):
+        data = few(getattr(temporal, name)())
+        monkeypatch.setattr(temporal, name, lambda data=data: data)
+        torch.save(temporal._net(data).state_dict(), temporal._weights(data, 0))
+    monkeypatch.setattr(temporal, "trained", None)  # nothing is trained
+    rows = list(temporal.conversions([0]))
+    assert [row["asked"] for row in rows] == 3 * ["collapse", "preserve", "auto"]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+def test_rows_of_other_seeds_stay(tmp_path):
+    path = tmp_path / "temporal.json"
+    for seed, accuracy in ((0, 0.1), (1, 0.2), (0, 0.3)):
+        temporal._save(path, "rate", [{"seed": seed, "accuracy": accuracy}], [seed])
+    temporal._save(path, "speed", [{"method": "old"}, {"method": "older"}], [0])
+    temporal._save(path, "speed", [{"method": "new"}], [0])
+    found = json.loads(path.read_text())
+    assert [(row["seed"], row["accuracy"]) for row in found["rate"]] == [(1, 0.2), (0, 0.3)]
+    assert [row["method"] for row in found["speed"]] == ["new"]
 
 
 def test_speed_has_both_baselines():
     rows = {row["method"]: row for row in temporal.speed(repeats=2)}
-    assert rows.keys() == {"T calls", "one batched call", "collapse 4", "preserve 4", "one batched call, compiled"}
+    ours = {"collapse 4", f"{temporal.LEARNED} 4", "preserve 4"}
+    assert rows.keys() == {"T calls", "one batched call", *ours, "one batched call, compiled"}
     assert rows["one batched call, compiled"]["training ms"] is None
     assert all(row["inference ms"][1] > 0 for row in rows.values())
 
