@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparseflow
 from sparseflow.dispatch.measure import Times
+from sparseflow.frameworks import write_state
 from sparseflow.modules.fused import model as fused_model
+from sparseflow.modules.fused import state as fused_state
 from sparseflow.modules.fused.model import fusion_of
 from sparseflow.plan import Reason
 
@@ -340,17 +342,35 @@ class Twice(Wrapper):
 # ---- threads and errors
 
 
+def loop_over_time(m, x):
+    mem, found = torch.zeros(len(x[0]), 16), []
+    for step in x:
+        s, mem = m.n1(m.f1(step), mem)
+        found.append(s)
+    return m.f2(torch.stack(found))
+
+
+def test_a_state_is_never_missing(monkeypatch):
+    """A thread that runs layer by layer meanwhile would fail on it."""
+    made = on_grid(Net(loop_over_time, f1=nn.Linear(6, 16), n1=leaky(), f2=nn.Linear(16, 4)))
+    ours, written = twins(made, features(4))[1], []
+
+    def write(module, name, value):
+        written.append(value)
+        write_state(module, name, value)
+
+    monkeypatch.setattr(fused_state, "write_state", write)
+    for _ in range(3):
+        outputs(ours, features(4))
+    assert is_fused(ours)
+    assert len(written) > 3
+    assert all(value is not None for value in written)
+
+
 def test_threads_that_call_at_once():
     """Nobody waits or fails, whoever plans. (snnTorch's neurons themselves mix up the states of two threads.)"""
 
-    def loop(m, x):
-        mem, found = torch.zeros(len(x[0]), 16), []
-        for step in x:
-            s, mem = m.n1(m.f1(step), mem)
-            found.append(s)
-        return m.f2(torch.stack(found))
-
-    made = on_grid(Net(loop, f1=nn.Linear(6, 16), n1=leaky(), f2=nn.Linear(16, 4)))
+    made = on_grid(Net(loop_over_time, f1=nn.Linear(6, 16), n1=leaky(), f2=nn.Linear(16, 4)))
     dense, ours = twins(made, features(4))
     errors, together = [], threading.Barrier(4)
 

@@ -74,7 +74,7 @@ class NeuronMemory:
         While ``fixed``, the memory stays where it is, as :meth:`settle` left it.
         """
         if not self.fixed:
-            self._secure(bool(given))
+            self._secure(given)
         fresh, start = self._load(given)
         v, *syn = (slot.memory for slot in self._slots)
         sequence = v.new_empty(self._steps, *v.shape) if self._wants_sequence else None
@@ -136,11 +136,12 @@ class NeuronMemory:
         assert state.v_seq is not None
         return as_tensor(state.v_seq.flatten(0, 1), (self._steps, *self.shape), self._lead + 1)
 
-    def _secure(self, given: bool) -> None:
-        for name, slot in zip(self.names, self._slots, strict=True):
+    def _secure(self, given: tuple[Any, ...]) -> None:
+        replaced = self._values(given) if given else (None,) * len(self.names)
+        for name, slot, value in zip(self.names, self._slots, replaced, strict=True):
             held = read_state(self.module, name) is slot.view
-            if held and given:  # the given state replaces it; it may be the very same tensor
-                write_state(self.module, name, None)
+            if held and given:  # it may be the very same tensor; another thread must not find nothing there meanwhile
+                write_state(self.module, name, value)
             slot.secure(held and not given, self.device)
 
     def _load(self, given: tuple[Any, ...]) -> tuple[bool, float]:
