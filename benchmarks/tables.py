@@ -92,7 +92,14 @@ def networks() -> str:
         "over eager",
         "over compiled fp32",
     ]
-    return _table(head, [_network(name, found) for (name,), found in _points("networks.json", "models").items()])
+    cases = {name: found for (name,), found in _points("networks.json", "models").items()}
+    return _table(head, [_network(name, cases[name]) for name in sorted(cases, key=_natural)])
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts numbers in names by their size."""
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _network(name: str, found: dict[str, dict]) -> list[str]:
