@@ -1,7 +1,7 @@
 """Which variants suit a layer, and how an adaptive variant walks the weights at a given density.
 
-The numbers were measured on Zen 4 and are explained, with their figures, in ``docs/cpu-kernels.md``. They cost time
-when wrong, never results; the dispatcher measures the variants anyway.
+The numbers were measured on Zen 4 and Cascade Lake and are explained, with their figures, in ``docs/cpu-kernels.md``.
+They cost time when wrong, never results; the dispatcher measures the variants anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of
 # Events per walk below which the cost of starting a walk outweighs the L1 hits; twice as many where all weights of a
 # pass are not much larger than a slab.
 _MIN_SLAB_EVENTS = 24
+# The same where threads keep to their own outputs: weights are large there, and a slab is what stays in L2.
+_SHARED_SLAB_BYTES, _MIN_SHARED_SLAB_EVENTS = 192 << 10, 96
 _BLOCK_TILES = (112, 400)  # output pixels of a tile whose sums, of 16 channels, stay in L1
 _FEW_ROWS = 8  # of a linear layer's input: up to it, few of them share a weight row
 _SPARSE_SHARE = 0.5  # of weight blocks: up to it, skipping the others is the best guess
@@ -115,9 +117,11 @@ def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, densit
         return Variant(variant.structure, variant.block, 128, 0, _TILE)
     pair_rows = geometry.kernel[2] * min(WORD, geometry.group_channels)
     pair_bytes = pair_rows * variant.block * dtype.itemsize
-    slab = max(1, _SLAB_BYTES // pair_bytes)
     pairs = geometry.kernel[0] * geometry.kernel[1] * -(-geometry.group_channels // WORD)
-    least = _MIN_SLAB_EVENTS * (1 if pairs * pair_bytes > 2 * _SLAB_BYTES else 2)
+    slab_bytes, least = _SLAB_BYTES, _MIN_SLAB_EVENTS * (1 if pairs * pair_bytes > 2 * _SLAB_BYTES else 2)
+    if variant.structure == Structure.OUTPUTS:
+        slab_bytes, least = _SHARED_SLAB_BYTES, _MIN_SHARED_SLAB_EVENTS
+    slab = max(1, slab_bytes // pair_bytes)
     if slab < pairs and density * slab * pair_rows >= least:
         return Variant(variant.structure, variant.block, variant.block, slab, _SLAB_TILE)
     return Variant(variant.structure, variant.block, variant.block, 0, _TILE)

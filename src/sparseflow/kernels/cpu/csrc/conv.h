@@ -145,7 +145,7 @@ class Conv {
     for (int64_t i = 0; i < s_.tile_columns; i++) {
       const int64_t relative = i * p_.stride[2], j = relative / p_.dilation[2];
       windows_[i] = uint32_t(relative % p_.dilation[2] * s_.phase_columns + j);
-      shifts_[i] = j * s_.kernel_rows * s_.channels * p_.block * int64_t(sizeof(Element));
+      shifts_[i] = j * p_.block * int64_t(sizeof(Element));
     }
     if (p_.split_outputs) {
       run_split_outputs();
@@ -335,7 +335,10 @@ class Conv {
     pass.shifts = shifts_;
     pass.kernel_columns = p_.kernel[2];
     pass.pixels = columns;
-    const AccumulateRow<T> accumulate = find_accumulate<T>(p_.block, n, graded_);
+    pass.blocks = n;
+    pass.row_bytes = p_.block * int64_t(sizeof(Element));
+    const AccumulateRow<T> columns_walk = columns == 1 ? nullptr : find_columns<T>(p_, p_.block, graded_);
+    const AccumulateRow<T> accumulate = columns_walk ? columns_walk : find_accumulate<T>(p_.block, n, graded_);
     bool stored = false;
     for (int64_t slab = 0; slab < s_.slabs; slab++) {
       const bool last = slab == s_.slabs - 1;

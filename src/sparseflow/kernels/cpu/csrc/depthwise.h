@@ -120,7 +120,7 @@ class DepthwiseConv {
   }
 
   const Element* weights(const InputRow& in, int64_t kx, int64_t word) const {
-    return packed_ + ((word * p_.kernel[2] + kx) * s_.kernel_rows + in.kernel_row) * kWidth;
+    return packed_ + ((word * s_.kernel_rows + in.kernel_row) * p_.kernel[2] + kx) * kWidth;
   }
 
   // Dense spikes, output-stationary: the masked weights of every tap of one pixel.
@@ -154,7 +154,7 @@ class DepthwiseConv {
         const Acc value =
             graded_ ? to_acc<T>(x_[in.x_offset + column * column_step + (word * kWidth + c) * channel_step]) : Acc(1);
         const Element* tap = w + packed_place<T>(c);
-        for (int64_t kx = 0; kx < p_.kernel[2]; kx++, tap += s_.kernel_rows * kWidth) {
+        for (int64_t kx = 0; kx < p_.kernel[2]; kx++, tap += kWidth) {
           const int64_t reached = column + p_.padding[2] - kx * p_.dilation[2] - first * p_.stride[2];
           if (reached < 0 || reached >= pixels * p_.stride[2] || output_of_[reached] < 0) continue;
           row[output_of_[reached] * kWidth + c] += to_acc<T>(*tap) * value;

@@ -77,27 +77,33 @@ struct WeightView {
   }
 
   int64_t at(int64_t o, int64_t tap, int64_t c) const {
-    const int64_t kh = tap % size[3], kd = tap / size[3] % size[2], kw = tap / size[3] / size[2];
+    const int64_t kw = tap % size[4], kh = tap / size[4] % size[3], kd = tap / size[4] / size[3];
     return o * stride[0] + c * stride[1] + kd * stride[2] + kh * stride[3] + kw * stride[4];
   }
 };
 
-// Where weight (output o, tap, channel c of its group) lies in a packed tensor. Taps are counted [kw][kd][kh].
+// Where weight (output o, tap, channel c of its group) lies in a packed tensor. Taps are counted [kd][kh][kw].
 struct PackedOrder {
-  int64_t outputs, channels, taps, block, blocks;
+  int64_t outputs, channels, taps, columns, block, blocks;
   bool interleaved;
 
   PackedOrder(const WeightView& w, int64_t groups, int64_t block, int type)
       : outputs(w.size[0] / groups),
         channels(w.size[1]),
         taps(w.size[2] * w.size[3] * w.size[4]),
+        columns(w.size[4]),
         block(block),
         blocks((outputs + block - 1) / block),
         interleaved(type == SF_BF16) {}
 
   int64_t at(int64_t o, int64_t tap, int64_t c) const {
     const int64_t group = o / outputs, within = o % outputs;
-    return (((group * blocks + within / block) * taps + tap) * channels + c) * block + place(within % block);
+    return row(group * blocks + within / block, tap, c) + place(within % block);
+  }
+
+  // Where a row of `block` weights begins: those of one kernel row and channel lie side by side.
+  int64_t row(int64_t block_index, int64_t tap, int64_t c) const {
+    return ((block_index * taps + tap / columns * columns) * channels + c * columns + tap % columns) * block;
   }
 
   // Place of output channel i within its block; packed_place in simd.h is the kernels' view of the same order.
@@ -108,21 +114,16 @@ struct PackedOrder {
 struct BlockOrder {
   static constexpr int64_t kBlock = 16;
   const int32_t* places;
-  int64_t channels, depth, rows, taps, input_blocks;
+  int64_t channels, taps, input_blocks;
 
   BlockOrder(const WeightView& w, const int32_t* index)
       : places(index),
         channels(w.size[1]),
-        depth(w.size[2]),
-        rows(w.size[3]),
-        taps(depth * rows * w.size[4]),
+        taps(w.size[2] * w.size[3] * w.size[4]),
         input_blocks((channels + kBlock - 1) / kBlock) {}
 
-  // Blocks are ordered [kd][kh][kw] within a pair of channel blocks.
   int64_t at(int64_t o, int64_t tap, int64_t c) const {
-    const int64_t kh = tap % rows, kd = tap / rows % depth, kw = tap / rows / depth;
-    const int64_t natural = (kd * rows + kh) * (taps / rows / depth) + kw;
-    const int64_t place = places[(o / kBlock * input_blocks + c / kBlock) * taps + natural];
+    const int64_t place = places[(o / kBlock * input_blocks + c / kBlock) * taps + tap];
     return place < 0 ? -1 : (place * kBlock + c % kBlock) * kBlock + o % kBlock;
   }
 };
@@ -170,8 +171,8 @@ void pack(const WeightView& w, const PackedOrder& order, Element* packed, int th
     for (int64_t tap = 0; tap < order.taps; tap++) {
       const int64_t within = b % order.blocks * block, first = b / order.blocks * order.outputs + within;
       const int64_t left = order.outputs - within, valid = left < block ? left : block;
-      Element* row = packed + (b * order.taps + tap) * order.channels * block;
-      for (int64_t c = 0; c < order.channels; c++, row += block) {
+      Element* row = packed + order.row(b, tap, 0);
+      for (int64_t c = 0; c < order.channels; c++, row += order.columns * block) {
         const Element* from = data + w.at(first, tap, c);
         for (int64_t i = 0; i < block; i++) row[order.place(i)] = i < valid ? from[i * w.stride[0]] : Element(0);
       }
@@ -310,7 +311,7 @@ SF_EXPORT void sf_concat(int parts, const uint64_t* const* bits, const int64_t* 
   *nonzero = sum(row_counts, rows);
 }
 
-// Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][KW, KD, KH][C/groups][block].
+// Weight [O, C/groups, KD, KH, KW] with any strides -> packed [groups][blocks][KD, KH][C/groups][KW][block].
 SF_EXPORT void sf_pack(const void* weight, const int64_t* size, const int64_t* stride, int64_t groups, int64_t block,
                        int type, void* packed, int threads) {
   const WeightView w(weight, size, stride);

@@ -1,10 +1,10 @@
 // Stage 1b: from bits to lists of weight rows, one list per output row, walked by a sliding window.
 //
-// An entry is the byte offset of a weight row. Packed weights are ordered [kx][kernel row][channel], a "kernel row" r
+// An entry is the byte offset of a weight row. Packed weights are ordered [kernel row][channel][kx], a "kernel row" r
 // being one of R (kd, kh) pairs, and an event of channel c in input column j (counted in dilation steps) is written as
-//   ((j * R + r) * C + c) * row_bytes.
+//   ((r * C + c) * KW + j) * row_bytes.
 // Seen from the output pixel whose window starts at column j0 the row wanted is kx = j - j0, so the pixel subtracts
-// j0 * R * C * row_bytes from the weight pointer, and its whole receptive field is the contiguous run of entries of columns
+// j0 * row_bytes from the weight pointer, and its whole receptive field is the contiguous run of entries of columns
 // j0 .. j0 + KW - 1. Each event is written once per kernel row instead of once per tap.
 #pragma once
 
@@ -16,41 +16,71 @@ namespace sparseflow::SF_NAMESPACE {
 
 constexpr int64_t kListSlack = 64;  // entries that may be written past the end of a list
 
-// Appends base + scale * i for every set bit i; may write up to 16 entries past the end it returns. Bits from
-// `word_channels` on are zero.
-SF_INLINE uint32_t* append_events(uint64_t bits, uint32_t base, uint32_t scale, uint32_t* out,
-                                  [[maybe_unused]] int64_t word_channels = 64) {
+// Appends base + scale * i for every set bit i of a word; may write up to 16 entries past the end it returns. Meant to live
+// in registers, as a local.
+class EventWriter {
+ public:
 #if defined(SF_VBMI)
-  alignas(64) static const uint8_t kLanes64[64] = {
-      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-      32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-  __m512i channels = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kLanes64));
-  const __m512i scales = _mm512_set1_epi32((int)scale), bases = _mm512_set1_epi32((int)base);
-  const int n = popcount(bits);
-  for (int i = 0;;) {
-    const __m512i c = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(channels));
-    _mm512_storeu_si512(out + i, _mm512_add_epi32(_mm512_mullo_epi32(c, scales), bases));
-    i += 16;
-    if (__builtin_expect(i >= n, 1)) return out + n;
-    channels = _mm512_alignr_epi64(_mm512_setzero_si512(), channels, 2);
+  explicit EventWriter(uint32_t scale) : scale_(_mm512_set1_epi32((int)scale)) {
+    alignas(64) static const uint8_t kLanes64[64] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+        32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    lanes_ = _mm512_load_si512(kLanes64);
   }
+
+  SF_INLINE_MEMBER uint32_t* append(uint64_t bits, uint32_t base, uint32_t* out, int64_t = 64) const {
+    __m512i channels = _mm512_maskz_compress_epi8(bits, lanes_);
+    const __m512i bases = _mm512_set1_epi32((int)base);
+    const int n = popcount(bits);
+    for (int i = 0;;) {
+      const __m512i c = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(channels));
+      _mm512_storeu_si512(out + i, _mm512_add_epi32(_mm512_mullo_epi32(c, scale_), bases));
+      i += 16;
+      if (__builtin_expect(i >= n, 1)) return out + n;
+      channels = _mm512_alignr_epi64(_mm512_setzero_si512(), channels, 2);
+    }
+  }
+
+ private:
+  const __m512i scale_;
+  __m512i lanes_;
 #elif defined(SF_AVX512)
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i sixteen = _mm512_set1_epi32((int)(16 * scale));
-  __m512i entries = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)scale)), _mm512_set1_epi32((int)base));
+  explicit EventWriter(uint32_t scale) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++, bits >>= 16) {
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)bits, entries));
-    out += popcount(bits & 0xffff);
-    if (16 * (i + 1) >= word_channels) break;
-    entries = _mm512_add_epi32(entries, sixteen);
+    for (int i = 0; i < 4; i++) {
+      const __m512i channels = _mm512_add_epi32(lanes, _mm512_set1_epi32(16 * i));
+      offsets_[i] = _mm512_mullo_epi32(channels, _mm512_set1_epi32((int)scale));
+    }
   }
-  return out;
+
+  // Bits from `word_channels` on are zero.
+  SF_INLINE_MEMBER uint32_t* append(uint64_t bits, uint32_t base, uint32_t* out, int64_t word_channels = 64) const {
+    const __m512i bases = _mm512_set1_epi32((int)base);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++, bits >>= 16) {
+      if (16 * i >= word_channels) break;
+      const __m512i entries = _mm512_add_epi32(offsets_[i], bases);
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)bits, entries));
+      out += popcount(bits & 0xffff);
+    }
+    return out;
+  }
+
+ private:
+  __m512i offsets_[4];
 #else
-  for (; bits != 0; bits &= bits - 1) *out++ = base + scale * (uint32_t)lowest_bit(bits);
-  return out;
+  explicit EventWriter(uint32_t scale) : scale_(scale) {}
+
+  SF_INLINE_MEMBER uint32_t* append(uint64_t bits, uint32_t base, uint32_t* out, int64_t = 64) const {
+    for (; bits != 0; bits &= bits - 1) *out++ = base + scale_ * (uint32_t)lowest_bit(bits);
+    return out;
+  }
+
+ private:
+  const uint32_t scale_;
 #endif
-}
+};
 
 // The values of the set bits: tensor elements, or counts of spikes.
 template <class T, class Input>
@@ -187,7 +217,8 @@ class ListBuilder {
         s_(shape),
         x_(x),
         finder_(p, shape, bits, row_counts),
-        row_bytes_(uint32_t(p.block * sizeof(typename T::Element))) {}
+        row_bytes_(uint32_t(p.block * sizeof(typename T::Element))),
+        channel_bytes_(uint32_t(p.kernel[2]) * row_bytes_) {}
 
   int64_t count_events(int64_t row) const { return finder_.count_events(row); }
 
@@ -236,7 +267,7 @@ class ListBuilder {
       spans[found++] = {in->bits + (p_.groups == 1 ? first : 0),
                         first,
                         last - first,
-                        uint32_t(in->kernel_row * s_.channels + 64 * first) * row_bytes_,
+                        uint32_t(in->kernel_row * s_.channels + 64 * first) * channel_bytes_,
                         x_ + in->x_offset + 64 * first * channel_step};
     }
     return found;
@@ -247,45 +278,67 @@ class ListBuilder {
     const int64_t d = p_.dilation[2], n = s_.phase_columns;
     const int64_t begin = min(n, x0 >= 0 ? 0 : ceil_div(-x0, d));
     const int64_t end = max(begin, min(n, x0 >= p_.in_size[2] ? 0 : ceil_div(p_.in_size[2] - x0, d)));
-    const bool plain = p_.groups == 1 && at.value == nullptr;
     for (int64_t j = 0; j < begin; j++) starts[j] = uint32_t(at.entry - entries);
-    for (int64_t j = begin; j < end; j++) {
-      starts[j] = uint32_t(at.entry - entries);
-      if (d == 1 && p_.stride[2] > p_.kernel[2] && j % p_.stride[2] >= p_.kernel[2]) continue;  // jumped over
-      const uint32_t base = uint32_t(j * s_.kernel_rows * s_.channels) * row_bytes_;
-      if (plain) {
-        append_plain(slab, x0 + j * d, base, at);
-      } else {
-        append_any(slab, x0 + j * d, base, at);
-      }
+    if (p_.groups > 1 || at.value != nullptr) {
+      append_any(slab, x0, begin, end, entries, starts, at);
+    } else if (slab.mostly_silent) {
+      append_plain<true>(slab, x0, begin, end, entries, starts, at);
+    } else {
+      append_plain<false>(slab, x0, begin, end, entries, starts, at);
     }
     for (int64_t j = end; j < n; j++) starts[j] = uint32_t(at.entry - entries);
   }
 
-  SF_INLINE_MEMBER void append_plain(const Slab& slab, int64_t column, uint32_t base, Cursor& at) const {
+  // Whether strides jump over column j of a phase.
+  SF_INLINE_MEMBER bool skips(int64_t j) const {
+    return p_.stride[2] > p_.kernel[2] && p_.dilation[2] == 1 && j % p_.stride[2] >= p_.kernel[2];
+  }
+
+  // Columns begin .. end of a phase. What the loops read is local: a store to the list might change anything else.
+  template <bool kMostlySilent>
+  void append_plain(const Slab& slab, int64_t x0, int64_t begin, int64_t end, const uint32_t* entries, uint32_t* starts,
+                    Cursor& at) const {
+    const EventWriter writer(channel_bytes_);
+    const Span* const last = slab.spans + slab.count;
+    const int64_t pixel_words = s_.pixel_words, dilation = p_.dilation[2], channels = s_.channels;
+    const uint32_t row_bytes = row_bytes_, word_bytes = 64 * channel_bytes_;
     uint32_t* entry = at.entry;
-    for (const Span* span = slab.spans; span < slab.spans + slab.count; span++) {
-      const uint64_t* words = span->bits + column * s_.pixel_words;
-      uint32_t offset = base + span->offset;
-      for (int64_t w = 0; w < span->words; w++, offset += 64 * row_bytes_) {
-        if (slab.mostly_silent && words[w] == 0) continue;
-        entry = append_events(words[w], offset, row_bytes_, entry, s_.channels - 64 * (span->first + w));
+    for (int64_t j = begin; j < end; j++) {
+      starts[j] = uint32_t(entry - entries);
+      if (skips(j)) continue;
+      for (const Span* span = slab.spans; span < last; span++) {
+        const uint64_t* words = span->bits + (x0 + j * dilation) * pixel_words;
+        const int64_t n = span->words, left = channels - 64 * span->first;
+        uint32_t offset = uint32_t(j) * row_bytes + span->offset;
+        for (int64_t w = 0; w < n; w++, offset += word_bytes) {
+          const uint64_t bits = words[w];
+          if (kMostlySilent && bits == 0) continue;
+          entry = writer.append(bits, offset, entry, left - 64 * w);
+        }
       }
     }
     at.entry = entry;
   }
 
-  void append_any(const Slab& slab, int64_t column, uint32_t base, Cursor& at) const {
+  // The same for graded spikes and groups of channels.
+  void append_any(const Slab& slab, int64_t x0, int64_t begin, int64_t end, const uint32_t* entries, uint32_t* starts,
+                  Cursor& at) const {
+    const EventWriter writer(channel_bytes_);
     const int64_t channel_step = p_.x_channels_last ? 1 : s_.in_plane;
     const int64_t column_step = p_.x_channels_last ? p_.in_channels : 1;
-    for (const Span* span = slab.spans; span < slab.spans + slab.count; span++) {
-      const uint64_t* words = span->bits + column * s_.pixel_words;
-      const auto* x = static_cast<const Input*>(span->x) + column * column_step;
-      uint32_t offset = base + span->offset;
-      for (int64_t w = 0; w < span->words; w++, offset += 64 * row_bytes_, x += 64 * channel_step) {
-        const uint64_t bits = p_.groups == 1 ? words[w] : group_bits(words, slab.group, span->first + w);
-        if (at.value != nullptr) at.value = append_values<T, Input>(bits, x, channel_step, at.value);
-        at.entry = append_events(bits, offset, row_bytes_, at.entry);
+    for (int64_t j = begin; j < end; j++) {
+      starts[j] = uint32_t(at.entry - entries);
+      if (skips(j)) continue;
+      const int64_t column = x0 + j * p_.dilation[2];
+      for (const Span* span = slab.spans; span < slab.spans + slab.count; span++) {
+        const uint64_t* words = span->bits + column * s_.pixel_words;
+        const auto* x = static_cast<const Input*>(span->x) + column * column_step;
+        uint32_t offset = uint32_t(j) * row_bytes_ + span->offset;
+        for (int64_t w = 0; w < span->words; w++, offset += 64 * channel_bytes_, x += 64 * channel_step) {
+          const uint64_t bits = p_.groups == 1 ? words[w] : group_bits(words, slab.group, span->first + w);
+          if (at.value != nullptr) at.value = append_values<T, Input>(bits, x, channel_step, at.value);
+          at.entry = writer.append(bits, offset, at.entry);
+        }
       }
     }
   }
@@ -298,7 +351,8 @@ class ListBuilder {
   const ConvShape& s_;
   const Input* x_;
   InputRowFinder finder_;
-  uint32_t row_bytes_;
+  const uint32_t row_bytes_;      // of one weight row
+  const uint32_t channel_bytes_;  // of all its columns
 };
 
 }  // namespace sparseflow::SF_NAMESPACE

@@ -38,7 +38,7 @@ int block_rows(const SfConv& p, const SfBlock& block, const uint64_t* bits, cons
   const SfLinear rows{p.batch, p.in_channels, p.out_channels, p.block, p.slab, SF_F32};
   Linear<Float32, uint8_t> linear(rows, counts, bits, row_counts, packed, nullptr, counts != nullptr, threads);
   // Both parts take the workspace from its beginning; the sums lie behind.
-  const int64_t shared = (max(linear.bytes(), dense_staging(block, threads)) + 63) / 64 * 64;
+  const int64_t shared = (max(linear.bytes(), threads * dense_staging(block)) + 63) / 64 * 64;
   auto* memory = static_cast<char*>(sf_workspace(shared + p.batch * p.out_channels * int64_t(sizeof(float))));
   if (memory == nullptr) return 1;
   auto* sums = reinterpret_cast<float*>(memory + shared);

@@ -77,6 +77,7 @@ class Linear {
   }
 
   int64_t append_row(int64_t r, int64_t at) const {
+    const EventWriter writer{uint32_t(row_bytes_)};
     uint32_t* starts = starts_ + r * (slabs_ + 1);
     uint32_t* entry = entries_ + at;
     Acc* value = graded_ ? values_ + at : nullptr;
@@ -84,7 +85,7 @@ class Linear {
       if (w % p_.slab == 0) *starts++ = uint32_t(entry - entries_);
       const uint64_t bits = bits_[r * words_ + w];
       if (graded_) value = append_values<T, Input>(bits, x_ + r * p_.in_features + 64 * w, 1, value);
-      entry = append_events(bits, uint32_t(64 * w * row_bytes_), uint32_t(row_bytes_), entry);
+      entry = writer.append(bits, uint32_t(64 * w * row_bytes_), entry);
     }
     *starts = uint32_t(entry - entries_);
     return entry - entries_;

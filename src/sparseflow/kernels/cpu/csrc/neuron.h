@@ -1,8 +1,11 @@
 // What follows the sums of a fused block: scale, shift, residual, the maximum over windows, and the neuron. All work on a
-// run of neighbouring pixels of one image, 16 channels at a time, and keep the constants of those channels in registers.
+// run of neighbouring pixels of one image, 16 channels at a time: these take all time steps of the run with their membrane
+// in registers, and are then done with.
 //
 // Every operation is rounded on its own, in the order the frameworks have it: fusing or reordering flips spikes.
 #pragma once
+
+#include <type_traits>
 
 #include "abi.h"
 #include "simd.h"
@@ -12,9 +15,10 @@ namespace sparseflow::SF_NAMESPACE {
 constexpr int kUnit = 16;                    // channels of one step of a pass; two bytes of packed spikes
 constexpr int kVectors = kUnit / kFloats;    // vectors they fill
 
-// `pixels` neighbours (behind the pooling) of image (t, n), channels first_channel .. first_channel + channels.
+// `pixels` neighbours of one row (behind the pooling) of image n, at time steps t .. t + steps, and their channels
+// first_channel .. first_channel + channels.
 struct Run {
-  int64_t t, n, pixel, pixels;
+  int64_t t, steps, n, pixel, pixels;
   int64_t first_channel, channels;  // the first is a multiple of kUnit
 };
 
@@ -33,6 +37,9 @@ SF_INLINE void store_unit(float* p, const Unit& u) {
 #pragma GCC unroll 4
   for (int i = 0; i < kVectors; i++) store(p + i * kFloats, u.part[i]);
 }
+
+// Whether a masked load costs what another one does: then there is one version for all channels, and half the code.
+constexpr bool kFreeMasks = SF_VECTOR_BYTES == 64;
 
 // The first n channels of a unit; kTail says that n may be less than all of them.
 template <bool kTail>
@@ -72,120 +79,131 @@ SF_INLINE Residual residual_kind(const SfBlock& b) {
   return b.residual_bits != nullptr ? kBitResidual : kNoResidual;
 }
 
-template <Residual kKind, bool kTail>
-SF_INLINE Unit residual_of(const SfBlock& b, int64_t image_pixel, int64_t channel, int64_t n) {
+__attribute__((noinline)) inline Unit counts_to_unit(const uint8_t* counts, int64_t n) {
+  uint8_t lanes[kUnit] = {};
+  __builtin_memcpy(lanes, counts, n);
   Unit u;
-  if constexpr (kKind == kFloatResidual) return load_channels<kTail>(b.residual + image_pixel * b.channels + channel, n);
-  if constexpr (kKind == kBitResidual) {
-    uint16_t spikes;
-    __builtin_memcpy(&spikes, reinterpret_cast<const char*>(b.residual_bits) + spike_byte(b, image_pixel, channel), 2);
-    for (int i = 0; i < kVectors; i++) u.part[i] = ones_where(spikes >> (i * kFloats) & ((1u << kFloats) - 1));
-  }
-  if constexpr (kKind == kCountResidual) {
-    uint8_t lanes[kUnit] = {};
-    __builtin_memcpy(lanes, b.residual_counts + image_pixel * b.channels + channel, kTail ? n : kUnit);
-    for (int i = 0; i < kVectors; i++) {
-      const VecI32 wide = __builtin_convertvector(load<NarrowU8>(lanes + i * kFloats), VecI32);
-      u.part[i] = __builtin_convertvector(wide, VecF32);
-    }
+  for (int i = 0; i < kVectors; i++) {
+    const VecI32 wide = __builtin_convertvector(load<NarrowU8>(lanes + i * kFloats), VecI32);
+    u.part[i] = __builtin_convertvector(wide, VecF32);
   }
   return u;
 }
 
-// Scale and shift of one unit of channels, and the residual that is added to them.
-template <Residual kKind, bool kTail>
-struct Affine {
-  const SfBlock& b;
-  const int64_t channel, n;
-  const bool scaled, shifted;
-  const Unit scale, shift;
-
-  Affine(const SfBlock& b, int64_t channel, int64_t n)
-      : b(b),
-        channel(channel),
-        n(n),
-        scaled(b.scale != nullptr),
-        shifted(b.shift != nullptr),
-        scale(scaled ? load_unit(b.scale + channel) : Unit{}),
-        shift(shifted ? load_unit(b.shift + channel) : Unit{}) {}
+// x = sums * scale + shift + residual for one unit of channels, n of which there are.
+template <bool kTail>
+class Affine {
+ public:
+  SF_INLINE_MEMBER Affine(const SfBlock& b, int64_t channel, int64_t n)
+      : kind_(residual_kind(b)),
+        scaled_(b.scale != nullptr),
+        shifted_(b.shift != nullptr),
+        n_(n),
+        scale_(scaled_ ? load_unit(b.scale + channel) : Unit{}),
+        shift_(shifted_ ? load_unit(b.shift + channel) : Unit{}),
+        floats_(b.residual + channel),
+        bits_(reinterpret_cast<const char*>(b.residual_bits) + channel / 8),
+        counts_(b.residual_counts + channel),
+        channels_(b.channels),
+        pixel_bytes_(ceil_div(b.channels, 64) * 8) {}
 
   // Of the sums at x, which belong to a pixel of the map.
   SF_INLINE_MEMBER Unit of(const float* x, int64_t image_pixel) const {
-    Unit u = load_channels<kTail>(x, n), residual;
-    if constexpr (kKind != kNoResidual) residual = residual_of<kKind, kTail>(b, image_pixel, channel, n);
+    Unit u = load_channels<kTail>(x, n_);
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; i++) {
-      if (scaled) u.part[i] = u.part[i] * scale.part[i];
-      if (shifted) u.part[i] = u.part[i] + shift.part[i];
-      if constexpr (kKind != kNoResidual) u.part[i] = u.part[i] + residual.part[i];
+      if (scaled_) u.part[i] = u.part[i] * scale_.part[i];
+      if (shifted_) u.part[i] = u.part[i] + shift_.part[i];
     }
+    if (kind_ == kNoResidual) return u;
+    const Unit residual = residual_of(image_pixel);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) u.part[i] = u.part[i] + residual.part[i];
     return u;
   }
+
+ private:
+  SF_INLINE_MEMBER Unit residual_of(int64_t image_pixel) const {
+    if (kind_ == kFloatResidual) return load_channels<kTail>(floats_ + image_pixel * channels_, n_);
+    if (kind_ == kCountResidual) return counts_to_unit(counts_ + image_pixel * channels_, n_);
+    uint16_t spikes;
+    __builtin_memcpy(&spikes, bits_ + image_pixel * pixel_bytes_, 2);
+    Unit u;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) u.part[i] = ones_where(lanes_of(spikes >> (i * kFloats) & ((1u << kFloats) - 1)));
+    return u;
+  }
+
+  const Residual kind_;
+  const bool scaled_, shifted_;
+  const int64_t n_;
+  const Unit scale_, shift_;
+  const float* const floats_;
+  const char* const bits_;
+  const uint8_t* const counts_;
+  const int64_t channels_, pixel_bytes_;
 };
 
 // Where the sums of a run of pixels lie, or those of a run of windows: the channels of a pixel are neighbours, pixels
-// lie `pixel` apart, rows and planes of a window `row` and `plane`. Distances in floats.
+// lie `pixel` apart, time steps `step`, rows and planes of a window `row` and `plane`. Distances in floats.
 struct Sums {
   const float* x;
-  int64_t pixel, row, plane;
+  int64_t step, pixel, row, plane;
   int64_t image_pixel;  // the first pixel's number in the maps of all images
 };
 
-template <Residual kKind, bool kTail>
-void affine_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, float* to, int64_t to_step) {
-  const Affine<kKind, kTail> affine(b, run.first_channel + c, n);
-  const float* x = sums.x + c;
-  for (int64_t p = 0; p < run.pixels; p++, x += sums.pixel, to += to_step) {
-    store_channels<kTail>(to, affine.of(x, sums.image_pixel + p), n);
-  }
-}
-
-// The same, and the maximum over every window. `to` may be where the first row of the sums lies.
-template <Residual kKind, bool kTail>
-void pool_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, float* to, int64_t to_step) {
-  const Affine<kKind, kTail> affine(b, run.first_channel + c, n);
-  const int64_t depth = b.window[0], height = b.window[1], width = b.window[2];
-  for (int64_t p = 0; p < run.pixels; p++, to += to_step) {
-    Unit most = splat_unit(-__builtin_inff());
-    for (int64_t d = 0; d < depth; d++) {
-      for (int64_t h = 0; h < height; h++) {
-        const float* x = sums.x + c + d * sums.plane + h * sums.row + p * width * sums.pixel;
-        const int64_t image_pixel = sums.image_pixel + (d * b.map[1] + h) * b.map[2] + p * width;
-        for (int64_t w = 0; w < width; w++, x += sums.pixel) {
-          const Unit u = affine.of(x, image_pixel + w);
-#pragma GCC unroll 4
-          for (int i = 0; i < kVectors; i++) most.part[i] = larger(most.part[i], u.part[i]);
-        }
-      }
-    }
-    store_channels<kTail>(to, most, n);
-  }
-}
-
 SF_INLINE bool pools(const SfBlock& b) { return b.window[0] * b.window[1] * b.window[2] > 1; }
 
-template <Residual kKind, bool kTail>
-SF_INLINE void currents_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, float* to,
-                             int64_t to_step) {
-  if (pools(b)) return pool_unit<kKind, kTail>(b, run, c, n, sums, to, to_step);
-  affine_unit<kKind, kTail>(b, run, c, n, sums, to, to_step);
-}
+SF_INLINE int64_t map_pixels(const SfBlock& b) { return b.map[0] * b.map[1] * b.map[2]; }
 
-template <Residual kKind>
-void currents_channels(const SfBlock& b, const Run& run, const Sums& sums, float* to, int64_t to_step) {
-  int64_t c = 0;
-  for (; c + kUnit <= run.channels; c += kUnit) currents_unit<kKind, false>(b, run, c, kUnit, sums, to + c, to_step);
-  if (c < run.channels) currents_unit<kKind, true>(b, run, c, run.channels - c, sums, to + c, to_step);
-}
+// Where currents go, [step][pixel][channel]; distances in floats.
+struct Target {
+  float* x;
+  int64_t step, pixel;
+};
 
-// What the neuron gets of the run's channels, to [pixels][to_step]; `to` may be sums.x with the same step.
-SF_INLINE void currents(const SfBlock& b, const Run& run, const Sums& sums, float* to, int64_t to_step) {
-  switch (residual_kind(b)) {
-    case kNoResidual: return currents_channels<kNoResidual>(b, run, sums, to, to_step);
-    case kFloatResidual: return currents_channels<kFloatResidual>(b, run, sums, to, to_step);
-    case kBitResidual: return currents_channels<kBitResidual>(b, run, sums, to, to_step);
-    case kCountResidual: return currents_channels<kCountResidual>(b, run, sums, to, to_step);
+template <bool kTail>
+void write_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, const Target& to) {
+  const Affine<kTail> affine(b, run.first_channel + c, n);
+  for (int64_t s = 0; s < run.steps; s++) {
+    const float* x = sums.x + s * sums.step + c;
+    const int64_t pixel = sums.image_pixel + s * b.batch * map_pixels(b);
+    for (int64_t p = 0; p < run.pixels; p++) {
+      store_channels<kTail>(to.x + s * to.step + p * to.pixel + c, affine.of(x + p * sums.pixel, pixel + p), n);
+    }
   }
+}
+
+// The same, and the maximum over every window.
+template <bool kTail>
+void pool_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const Sums& sums, const Target& to) {
+  const Affine<kTail> affine(b, run.first_channel + c, n);
+  for (int64_t s = 0; s < run.steps; s++) {
+    for (int64_t p = 0; p < run.pixels; p++) {
+      const float* x = sums.x + s * sums.step + p * b.window[2] * sums.pixel + c;
+      const int64_t first = sums.image_pixel + s * b.batch * map_pixels(b) + p * b.window[2];
+      Unit most = splat_unit(-__builtin_inff());
+      for (int64_t d = 0; d < b.window[0]; d++) {
+        for (int64_t h = 0; h < b.window[1]; h++) {
+          for (int64_t w = 0; w < b.window[2]; w++) {
+            const int64_t pixel = first + (d * b.map[1] + h) * b.map[2] + w;
+            const Unit u = affine.of(x + d * sums.plane + h * sums.row + w * sums.pixel, pixel);
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; i++) most.part[i] = larger(most.part[i], u.part[i]);
+          }
+        }
+      }
+      store_channels<kTail>(to.x + s * to.step + p * to.pixel + c, most, n);
+    }
+  }
+}
+
+// What the neuron gets. With pooling, `to` may be where the first row of the sums lies, with the same distances.
+SF_INLINE void write_currents(const SfBlock& b, const Run& run, const Sums& sums, const Target& to) {
+  const auto full = pools(b) ? pool_unit<false> : write_unit<false>, tail = pools(b) ? pool_unit<true> : write_unit<true>;
+  int64_t c = 0;
+  for (; c + kUnit <= run.channels; c += kUnit) full(b, run, c, kUnit, sums, to);
+  if (c < run.channels) tail(b, run, c, run.channels - c, sums, to);
 }
 
 // ---- neurons -----------------------------------------------------------------------------------------------------
@@ -223,14 +241,13 @@ SF_INLINE VecF32 charged(const Constants& k, int i, VecF32 v, VecF32& syn, VecF3
   }
 }
 
-// One time step; returns a lane mask of the spikes.
+// One time step; bit i of the result: lane i fires.
 template <int kCharge, int kReset, int kTiming>
-SF_INLINE VecI32 step(const Constants& k, int i, VecF32& v, VecF32& syn, VecF32 x) {
+SF_INLINE uint32_t step(const Constants& k, int i, VecF32& v, VecF32& syn, VecF32 x) {
   const VecF32 one = VecF32{} + 1.0f;
-  const auto as_number = [&](VecI32 mask) { return (VecF32)(mask & (VecI32)one); };
   VecF32 late{};
   if constexpr (kTiming != SF_SAME_STEP && kReset != SF_NONE) {
-    late = as_number((VecI32)(v > k.fires_above.part[i]));
+    late = ones_where(greater(v, k.fires_above.part[i]));
     if constexpr (kReset == SF_HARD && kCharge == SF_DECAY) v = (one - late) * v;
   }
   VecF32 h = charged<kCharge>(k, i, v, syn, x);
@@ -238,8 +255,8 @@ SF_INLINE VecI32 step(const Constants& k, int i, VecF32& v, VecF32& syn, VecF32 
     if constexpr (kReset == SF_SOFT) h = h - late * k.threshold.part[i];
     if constexpr (kReset == SF_HARD && kCharge != SF_DECAY) h = h - late * h;
   }
-  const VecI32 spikes = (VecI32)(h > k.fires_above.part[i]);
-  const VecF32 s = as_number(spikes);
+  const LaneMask spikes = greater(h, k.fires_above.part[i]);
+  const VecF32 s = ones_where(spikes);
   if constexpr (kReset == SF_NONE || kTiming == SF_NEXT_STEP) {
     v = h;
   } else if constexpr (kReset == SF_SOFT) {
@@ -249,63 +266,102 @@ SF_INLINE VecI32 step(const Constants& k, int i, VecF32& v, VecF32& syn, VecF32 
   } else {
     v = h - (s - late) * h;
   }
-  return spikes;
+  return lane_bits(spikes);
 }
 
+constexpr int64_t kStepsAtOnce = 32;  // time steps whose spikes are counted in one go
+
+// All steps of one unit of channels; adds up how many fire at each. Without pooling.
 template <int kCharge, int kReset, int kTiming, bool kTail>
-uint32_t fire_unit(const SfBlock& b, const Run& run, int64_t c, int64_t n, const float* x, int64_t x_step) {
-  const int64_t channel = run.first_channel + c;
+void fire_unit(const SfBlock& block, const Run& run, const Sums& sums, int64_t c, int64_t n, uint32_t* fired) {
+  const SfBlock b = block;  // a copy: no store can change it
+  const int64_t channel = run.first_channel + c, steps = run.steps, pixels = run.pixels;
+  const int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel, step_pixels = b.batch * b.pixels;
+  const int64_t pixel_bytes = ceil_div(b.channels, 64) * 8, map_step = b.batch * map_pixels(b);
+  const int64_t x_step = sums.step, x_pixel = sums.pixel;
   const Constants k(b.neuron, channel);
+  const Affine<kTail> affine(b, channel, n);
   const bool fresh = b.fresh && run.t == 0;
   const Unit start = splat_unit(b.neuron.start), silent = splat_unit(0.0f);
-  const uint32_t valid = uint32_t(low_bits(n));
-  int64_t at = (run.n * b.pixels + run.pixel) * b.channels + channel;
-  int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel;
-  uint32_t fired = 0;
-  for (int64_t p = 0; p < run.pixels; p++, x += x_step, at += b.channels, image_pixel++) {
-    Unit in = load_channels<kTail>(x, n);
-    Unit v = fresh ? start : load_channels<kTail>(b.v + at, n), syn = silent;
-    if constexpr (kCharge == SF_SYNAPTIC) syn = fresh ? silent : load_channels<kTail>(b.syn + at, n);
-    uint32_t spikes = 0;
+  const auto valid = uint32_t(low_bits(n));
+  const int64_t map_pixel = sums.image_pixel, at = (run.n * b.pixels + run.pixel) * b.channels + channel;
+  const float* const x0 = sums.x + c;
+  char* const bits = reinterpret_cast<char*>(b.bits) + image_pixel * pixel_bytes + channel / 8;
+  float* const v_seq = b.v_seq == nullptr ? nullptr : b.v_seq + image_pixel * b.channels + channel;
+  // The operations of a step wait for each other; those of several pixels do not.
+  const auto take = [&](auto together, int64_t p) __attribute__((always_inline)) {
+    constexpr int kPixels = decltype(together)::value;
+    Unit v[kPixels], syn[kPixels];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i++) {
-      spikes |= lane_bits(step<kCharge, kReset, kTiming>(k, i, v.part[i], syn.part[i], in.part[i])) << (i * kFloats);
+    for (int i = 0; i < kPixels; i++) {
+      const int64_t state = at + (p + i) * b.channels;
+      v[i] = fresh ? start : load_channels<kTail>(b.v + state, n);
+      syn[i] = silent;
+      if (kCharge == SF_SYNAPTIC && !fresh) syn[i] = load_channels<kTail>(b.syn + state, n);
     }
-    store_channels<kTail>(b.v + at, v, n);
-    if constexpr (kCharge == SF_SYNAPTIC) store_channels<kTail>(b.syn + at, syn, n);
-    if (b.v_seq != nullptr) store_channels<kTail>(b.v_seq + image_pixel * b.channels + channel, v, n);
-    if (kTail) spikes &= valid;
-    const uint16_t half = uint16_t(spikes);
-    __builtin_memcpy(reinterpret_cast<char*>(b.bits) + spike_byte(b, image_pixel, channel), &half, 2);
-    fired += uint32_t(popcount(half));
+    for (int64_t s = 0; s < steps; s++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPixels; i++) {
+        const Unit in = affine.of(x0 + s * x_step + (p + i) * x_pixel, map_pixel + s * map_step + p + i);
+        uint32_t spikes = 0;
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; j++) {
+          const uint32_t lanes = step<kCharge, kReset, kTiming>(k, j, v[i].part[j], syn[i].part[j], in.part[j]);
+          spikes |= lanes << (j * kFloats);
+        }
+        if (v_seq != nullptr) store_channels<kTail>(v_seq + (s * step_pixels + p + i) * b.channels, v[i], n);
+        const auto half = uint16_t(kTail ? spikes & valid : spikes);
+        __builtin_memcpy(bits + (s * step_pixels + p + i) * pixel_bytes, &half, 2);
+        fired[s] += uint32_t(popcount(half));
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kPixels; i++) {
+      const int64_t state = at + (p + i) * b.channels;
+      store_channels<kTail>(b.v + state, v[i], n);
+      if (kCharge == SF_SYNAPTIC) store_channels<kTail>(b.syn + state, syn[i], n);
+    }
+  };
+  constexpr int kTogether = kTail && !kFreeMasks ? 1 : 4 / kVectors;
+  int64_t p = 0;
+  if constexpr (kTogether > 1) {
+    for (; p + kTogether <= pixels; p += kTogether) take(std::integral_constant<int, kTogether>{}, p);
   }
-  return fired;
+  for (; p < pixels; p++) take(std::integral_constant<int, 1>{}, p);
 }
 
 // The bytes of the last word that lie behind the last unit of channels.
 SF_INLINE void clear_padding(const SfBlock& b, const Run& run) {
   const int64_t used = ceil_div(b.channels, kUnit) * 2, bytes = ceil_div(b.channels, 64) * 8;
   if (used == bytes || run.first_channel + run.channels != b.channels) return;
-  char* pixel = reinterpret_cast<char*>(b.bits) + ((run.t * b.batch + run.n) * b.pixels + run.pixel) * bytes;
-  for (int64_t p = 0; p < run.pixels; p++, pixel += bytes) __builtin_memset(pixel + used, 0, bytes - used);
+  for (int64_t t = run.t; t < run.t + run.steps; t++) {
+    char* pixel = reinterpret_cast<char*>(b.bits) + ((t * b.batch + run.n) * b.pixels + run.pixel) * bytes;
+    for (int64_t p = 0; p < run.pixels; p++, pixel += bytes) __builtin_memset(pixel + used, 0, bytes - used);
+  }
 }
 
+// At most kStepsAtOnce steps of a run.
 template <int kCharge, int kReset, int kTiming>
-uint32_t fire(const SfBlock& b, const Run& run, const float* x, int64_t x_step) {
-  uint32_t fired = 0;
+void fire(const SfBlock& b, const Run& run, const Sums& sums) {
+  uint32_t fired[kStepsAtOnce] = {};
   int64_t c = 0;
-  for (; c + kUnit <= run.channels; c += kUnit) {
-    fired += fire_unit<kCharge, kReset, kTiming, false>(b, run, c, kUnit, x + c, x_step);
+  if constexpr (!kFreeMasks) {
+    for (; c + kUnit <= run.channels; c += kUnit) {
+      fire_unit<kCharge, kReset, kTiming, false>(b, run, sums, c, kUnit, fired);
+    }
   }
-  if (c < run.channels) {
-    fired += fire_unit<kCharge, kReset, kTiming, true>(b, run, c, run.channels - c, x + c, x_step);
+  for (; c < run.channels; c += kUnit) {
+    fire_unit<kCharge, kReset, kTiming, true>(b, run, sums, c, min(kUnit, run.channels - c), fired);
   }
   clear_padding(b, run);
-  return fired;
+  for (int64_t s = 0; s < run.steps; s++) {
+    const int64_t row = (((run.t + s) * b.batch + run.n) * b.pixels + run.pixel) / b.row_pixels;
+    __atomic_fetch_add(b.row_counts + row, fired[s], __ATOMIC_RELAXED);
+  }
 }
 
-// Runs the neuron on x [pixels][x_step]; returns how many spikes there were.
-using Fire = uint32_t (*)(const SfBlock&, const Run&, const float* x, int64_t x_step);
+// Runs the neuron on sums that are not pooled, and counts its spikes.
+using Fire = void (*)(const SfBlock&, const Run&, const Sums&);
 
 template <int kCharge>
 Fire find_fire_of(int32_t reset, int32_t timing) {
@@ -330,11 +386,28 @@ SF_INLINE Fire find_fire(const SfNeuron& k) {
   return nullptr;
 }
 
-// Runs the neuron on x [pixels][x_step] and counts its spikes.
-SF_INLINE void fire_run(const SfBlock& b, Fire fire, const Run& run, const float* x, int64_t x_step) {
-  const uint32_t fired = fire(b, run, x, x_step);
-  const int64_t row = ((run.t * b.batch + run.n) * b.pixels + run.pixel) / b.row_pixels;
-  __atomic_fetch_add(b.row_counts + row, fired, __ATOMIC_RELAXED);
+// Any number of steps.
+SF_INLINE void fire_run(const SfBlock& b, Fire fire, const Run& run, const Sums& sums) {
+  Run part = run;
+  Sums at = sums;
+  for (int64_t done = 0; done < run.steps; done += kStepsAtOnce) {
+    part.t = run.t + done, part.steps = min(kStepsAtOnce, run.steps - done);
+    at.x = sums.x + done * sums.step, at.image_pixel = sums.image_pixel + done * b.batch * map_pixels(b);
+    fire(b, part, at);
+  }
+}
+
+// Everything that follows the sums of one run. `staging` is for the maxima over windows, and may be where the sums lie.
+SF_INLINE void finish_run(const SfBlock& b, Fire fire, const Run& run, const Sums& sums, const Target& staging) {
+  if (fire == nullptr) {
+    const int64_t first = (run.t * b.batch + run.n) * b.pixels + run.pixel;
+    return write_currents(b, run, sums, {b.out + first * b.channels + run.first_channel, b.batch * b.pixels * b.channels, b.channels});
+  }
+  if (!pools(b)) return fire_run(b, fire, run, sums);
+  write_currents(b, run, sums, staging);
+  SfBlock bare = b;  // what is left to do
+  bare.scale = bare.shift = bare.residual = nullptr, bare.residual_bits = nullptr, bare.residual_counts = nullptr;
+  fire_run(bare, fire, run, {staging.x, staging.step, staging.pixel, 0, 0, 0});
 }
 
 }  // namespace sparseflow::SF_NAMESPACE

@@ -19,7 +19,7 @@ SF_INLINE void unpack_spikes(const uint64_t* bits, const uint8_t* counts, int64_
       continue;
     }
     int64_t c = 0;
-    for (; c + kFloats <= channels; c += kFloats) store(to + c, ones_where(uint32_t(bits[p * words + c / 64] >> (c % 64) & low_bits(kFloats))));
+    for (; c + kFloats <= channels; c += kFloats) store(to + c, ones_where(lanes_of(uint32_t(bits[p * words + c / 64] >> (c % 64) & low_bits(kFloats)))));
     for (; c < channels; c++) to[c] = float(bits[p * words + c / 64] >> (c % 64) & 1);
   }
 }

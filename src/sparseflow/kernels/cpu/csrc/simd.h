@@ -103,10 +103,19 @@ SF_INLINE __m256i first_lanes(int64_t n) {
 }
 #endif
 
-// Bit i: lane i of a comparison's result is true.
-SF_INLINE uint32_t lane_bits(VecI32 mask) {
+// Lanes where a > b.
 #if defined(SF_AVX512)
-  return _mm512_movepi32_mask((__m512i)mask);
+using LaneMask = __mmask16;
+SF_INLINE LaneMask greater(VecF32 a, VecF32 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
+#else
+using LaneMask = VecI32;
+SF_INLINE LaneMask greater(VecF32 a, VecF32 b) { return (VecI32)(a > b); }
+#endif
+
+// Bit i: lane i is set.
+SF_INLINE uint32_t lane_bits(LaneMask mask) {
+#if defined(SF_AVX512)
+  return mask;
 #elif defined(SF_AVX2)
   return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #elif defined(__SSE2__)
@@ -154,15 +163,23 @@ SF_INLINE VecF32 larger(VecF32 a, VecF32 b) {
   return take ? b : a;
 }
 
-// 1.0 in the lanes whose bit is set, 0.0 in the others.
-SF_INLINE VecF32 ones_where(uint32_t bits) {
+// 1.0 in the lanes that are set, 0.0 in the others.
+SF_INLINE VecF32 ones_where(LaneMask mask) {
 #if defined(SF_AVX512)
-  return (VecF32)_mm512_maskz_mov_ps((__mmask16)bits, _mm512_set1_ps(1.0f));
+  return (VecF32)_mm512_maskz_mov_ps(mask, _mm512_set1_ps(1.0f));
+#else
+  return (VecF32)(mask & 0x3f800000);
+#endif
+}
+
+// The lanes whose bit is set.
+SF_INLINE LaneMask lanes_of(uint32_t bits) {
+#if defined(SF_AVX512)
+  return (LaneMask)bits;
 #else
   VecU32 lane_bit;
   for (int i = 0; i < kFloats; i++) lane_bit[i] = 1u << i;
-  const VecI32 set = (VecI32)((lane_bit & (VecU32{} + bits)) != 0u);
-  return (VecF32)(set & 0x3f800000);
+  return (VecI32)((lane_bit & (VecU32{} + bits)) != 0u);
 #endif
 }
 
