@@ -160,7 +160,7 @@ def test_a_failing_compiler_is_quoted(tmp_path):
 def test_foreign_libraries_are_refused(tmp_path):
     path = tmp_path / "foreign.so"
     path.write_bytes(b"not a library")
-    assert loader._open(path) is None
+    assert loader.open_library(path) is None
 
 
 def test_units_share_no_weak_symbols(tmp_path):

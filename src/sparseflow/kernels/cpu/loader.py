@@ -31,9 +31,9 @@ def load() -> ctypes.CDLL:
     if os.environ.get("SPARSEFLOW_NATIVE", "1") == "0":
         raise EngineUnavailableError("the native engine is disabled by SPARSEFLOW_NATIVE=0")
     installed = Path(__file__).parent / build.LIBRARY_NAME
-    library = _open(installed) if installed.exists() else None
+    library = open_library(installed) if installed.exists() else None
     if library is None:
-        library = _open(_compiled())
+        library = open_library(_compiled())
     if library is None:
         raise EngineUnavailableError("the native engine was compiled but cannot be loaded by this Python")
     select(library, os.environ.get("SPARSEFLOW_ISA", ""))
@@ -67,8 +67,8 @@ def _compiled() -> Path:
     return path
 
 
-def _open(path: Path) -> ctypes.CDLL | None:
-    """The library at ``path`` with its signatures declared; ``None`` if it is foreign or of another version."""
+def open_library(path: Path) -> ctypes.CDLL | None:
+    """The engine at ``path``, ready to :func:`select`; ``None`` if it is foreign or of another version."""
     try:
         library = ctypes.CDLL(str(path))
         if library.sf_abi_version() != ABI_VERSION:
