@@ -2,8 +2,8 @@
 
     python -m benchmarks.engines BASE [--out benchmarks/results/engines.json] [--threads 2] [--repeats 25]
 
-Times the fused 3x3 blocks of a ResNet-18 at 64 pixels (T = 4, batch norm, LIF) on independent random spikes, in the best
-of the variants that the planner would measure, and whole networks at level 2. Only the C++ sources are taken from BASE;
+Times the fused 3x3 blocks of a ResNet-18 at 64 pixels (T = 4, batch norm, LIF) on independent random spikes, in the
+best of the variants the planner would measure, and whole networks at level 2. Only the C++ sources come from BASE;
 its engine must have this one's interface. A block has figures only if both engines give the same bits (its weights are
 multiples of 2^-8, so that sums are exact in any order), a network only if both give every image the same class.
 """
