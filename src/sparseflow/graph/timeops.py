@@ -66,11 +66,13 @@ class Operand:
         shape: of the value at one step; ``None`` where it is no tensor.
         varies: whether it is another value at every step, so that all of them are a sequence.
         key: whatever the caller knows the operand by.
+        integer: whether it is an integer: what a size may be, and a whole shape is not.
     """
 
     shape: tuple[int, ...] | None
     varies: bool
     key: Any
+    integer: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,8 +315,8 @@ def _flatten(call: StepCall) -> Recipe | None:
 def _reshape(call: StepCall) -> Recipe | None:
     if not call.first_only or call.kwargs:
         return None
-    sizes = call.args[1] if _is_sequence(call.args[1]) else call.args[1:]
-    if any(not isinstance(size, (int, Operand)) for size in sizes):
+    sizes = _sizes_of(call)
+    if sizes is None:
         return None
     shape = call.varying[0]
     if len(sizes) == 2 and len(shape) >= 2 and call.shape[0] == shape[0]:  # view(N, -1)
@@ -322,12 +324,21 @@ def _reshape(call: StepCall) -> Recipe | None:
     return Recipe("seq", (call.args[0], call.steps, *sizes), {}, method="reshape")
 
 
+def _sizes_of(call: StepCall) -> tuple[int | Operand, ...] | None:
+    """The sizes behind the first argument; ``None`` where one is no integer, such as another tensor's whole shape."""
+    sizes = tuple(call.args[1] if _is_sequence(call.args[1]) else call.args[1:])
+    known = all(size.integer if isinstance(size, Operand) else isinstance(size, int) for size in sizes)
+    return sizes if known else None
+
+
 def _sizes(keep: int) -> Rule:
     """For methods that take one number for each dimension, of which ``keep`` leaves a dimension as it is."""
 
     def rule(call: StepCall) -> Recipe | None:
-        sizes = call.args[1] if _is_sequence(call.args[1]) else call.args[1:]
-        if not call.first_only or call.kwargs or len(sizes) != len(call.varying[0]):
+        if not call.first_only or call.kwargs:
+            return None
+        sizes = _sizes_of(call)
+        if sizes is None or len(sizes) != len(call.varying[0]):
             return None
         return Recipe("seq", (call.args[0], keep, *sizes), {})
 

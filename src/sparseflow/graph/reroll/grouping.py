@@ -148,7 +148,7 @@ class _Search:
         value = self._values[first]
         shape = value.shape if isinstance(value, ExampleTensor) else None
         if first is second:
-            return Operand(shape, False, first)
+            return Operand(shape, False, first, isinstance(value, int))
         group, _ = self.groups.place(first) or (None, 0)
         assert group is not None, "nodes with different operands were put together"
-        return Operand(shape, True, group)
+        return Operand(shape, True, group, isinstance(value, int))
