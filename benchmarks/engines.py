@@ -1,6 +1,6 @@
 """The native CPU engine of another commit against this tree's, both loaded into one process and called in turn.
 
-    python -m benchmarks.engines BASE [--out benchmarks/results/engines.json] [--threads 2] [--repeats 25]
+    python -m benchmarks.engines BASE [--out benchmarks/results/engines.json] [--isa avx2]
 
 Times the fused 3x3 blocks of a ResNet-18 at 64 pixels (T = 4, batch norm, LIF) on independent random spikes, in the
 best of the variants the planner would measure, and whole networks at level 2. Only the C++ sources come from BASE;
@@ -57,7 +57,7 @@ _LIF = Dynamics(Charge.LEAK_INPUT, ">=", Reset.HARD, ResetTiming.SAME_STEP, rese
 Engines = Mapping[str, ctypes.CDLL]
 
 
-def engine_of(sources: pathlib.Path, folder: pathlib.Path) -> ctypes.CDLL:
+def engine_of(sources: pathlib.Path, folder: pathlib.Path, isa: str) -> ctypes.CDLL:
     """Build and load the engine from ``sources``. Raises ``SystemExit`` if its interface is another one."""
     path = folder / build.LIBRARY_NAME
     with mock.patch.object(build, "SOURCE_DIR", sources):
@@ -65,7 +65,7 @@ def engine_of(sources: pathlib.Path, folder: pathlib.Path) -> ctypes.CDLL:
     library = loader.open_library(path)
     if library is None:
         raise SystemExit(f"the engine of {sources} has another interface")
-    loader.select(library, "")
+    loader.select(library, isa)
     return library
 
 
@@ -192,17 +192,19 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=_ROOT / "benchmarks/results/engines.json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--isa", default="", help="instruction set of both, by default the best one here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     commit = subprocess.run(["git", "rev-parse", options.base], cwd=_ROOT, capture_output=True, text=True, check=True)
     with tempfile.TemporaryDirectory() as folder:
         base, this = pathlib.Path(folder, "base"), pathlib.Path(folder, "this")
         engines = {
-            "base": engine_of(sources_of(options.base, base), base),
-            "this": engine_of(build.SOURCE_DIR, this),
+            "base": engine_of(sources_of(options.base, base), base, options.isa),
+            "this": engine_of(build.SOURCE_DIR, this, options.isa),
         }
         rows = measured(engines, options.repeats)
-    about = {"schema": 1, "environment": environment(), "base": commit.stdout.strip()}
+        with using(engines["this"]):
+            about = {"schema": 1, "environment": environment(), "base": commit.stdout.strip()}
     options.out.write_text(json.dumps(about | rows, indent=1) + "\n")
 
 

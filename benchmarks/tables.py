@@ -256,6 +256,26 @@ def cpu_kernels() -> str:
     return _table(head, body)
 
 
+def engines() -> str:
+    """This engine over an earlier one: fused blocks by density of their input, and whole networks."""
+    found = _load("engines.json")
+    densities = sorted({row["density"] for row in found["blocks"]})
+    cells = {(row["channels"], row["side"], row["batch"], row["density"]): row["speedup"] for row in found["blocks"]}
+    body = [
+        [
+            f"{channels} at {side} x {side}, batch {batch}",
+            *(f"{cells[channels, side, batch, d]:.2f}x" for d in densities),
+        ]
+        for channels, side, batch in dict.fromkeys(key[:3] for key in cells)
+    ]
+    blocks = _table(["fused 3x3 block", *(f"{density:.0%}" for density in densities)], body)
+    nets = [
+        [row["net"], *(f"{row[k][1]:.2f}" for k in ("base_ms", "this_ms")), f"{row['speedup']:.2f}x"]
+        for row in found["nets"]
+    ]
+    return blocks + "\n" + _table(["network, level 2", f"ms, {found['base'][:7]}", "ms", ""], nets)
+
+
 def _with_goal(row: dict) -> str:
     goal = f" (goal {row['goal']:g})" if row["goal"] else ""
     return f"{row['speedup']:.1f}x{goal}"
@@ -599,6 +619,7 @@ def temporal_decisions() -> str:
 
 TABLES = {
     "cpu_kernels": cpu_kernels,
+    "engines": engines,
     "fused_machine": fused_machine,
     "fused_flips": fused_flips,
     "growth": growth,

@@ -15,6 +15,9 @@ int sf_conv(const SfConv*, const void*, const uint64_t*, const uint32_t*, const 
             int, int);
 int sf_linear(const SfLinear*, const void*, const uint64_t*, const uint32_t*, const void*, const int32_t*, const void*,
               void*, int, int);
+int sf_block_conv(const SfConv*, const SfBlock*, const uint64_t*, const uint32_t*, const uint8_t*, const float*,
+                  const int32_t*, int);
+int sf_block_dense(const SfBlock*, const float*, int);
 void sf_pack(const void*, const int64_t*, const int64_t*, int64_t, int64_t, int, void*, int);
 void sf_poison_workspace(int);
 }
@@ -139,6 +142,7 @@ bool run_conv() {
   p.batch = pick(1, 2), p.in_channels = p.groups * channels, p.out_channels = p.groups * outputs;
   for (int d = 0; d < 3; d++) {
     p.kernel[d] = pick(1, 3), p.stride[d] = pick(1, 3), p.padding[d] = pick(0, 2), p.dilation[d] = pick(1, 2);
+    if (d == 2) p.kernel[d] = one_of(1, 2, 3, 3, 5);
     p.in_size[d] = pick(0, 4) + (p.kernel[d] - 1) * p.dilation[d] + 1;
     if (d == 0) p.kernel[d] = pick(1, 2), p.in_size[d] = pick(1, 2) + p.dilation[d];
     p.out_size[d] = (p.in_size[d] + 2 * p.padding[d] - p.dilation[d] * (p.kernel[d] - 1) - 1) / p.stride[d] + 1;
@@ -231,6 +235,183 @@ bool run_linear() {
   return true;
 }
 
+// Spikes of [images][pixels][channels], packed; counts of up to 3 where `most` says so.
+struct Spikes {
+  int64_t channels, words;
+  std::vector<uint64_t> bits;
+  std::vector<uint32_t> rows;
+  std::vector<uint8_t> counts;
+
+  Spikes(int64_t images, int64_t pixels, int64_t row_pixels, int64_t channels, int64_t percent, int64_t most)
+      : channels(channels),
+        words((channels + 63) / 64),
+        bits(size_t(images * pixels * words)),
+        rows(size_t(images * pixels / row_pixels)),
+        counts(size_t(images * pixels * channels)) {
+    for (int64_t i = 0; i < images * pixels * channels; i++) {
+      if (pick(0, 99) >= percent) continue;
+      const int64_t pixel = i / channels, c = i % channels;
+      counts[size_t(i)] = uint8_t(pick(1, most));
+      bits[size_t(pixel * words + c / 64)] |= uint64_t(1) << (c % 64);
+      rows[size_t(pixel / row_pixels)]++;
+    }
+  }
+
+  double at(int64_t image_pixel, int64_t channel) const { return counts[size_t(image_pixel * channels + channel)]; }
+};
+
+// A fused block's arrays, each of exactly the size that engine.py gives it, and the same computed with plain loops.
+struct FusedBlock {
+  SfBlock b{};
+  std::vector<float> constants, scale, shift, residual, v, out;
+  std::vector<uint64_t> bits;
+  std::vector<uint32_t> rows;
+  int64_t nonzero = 0, padded;
+  Spikes added;
+  int kind;
+
+  FusedBlock(int64_t steps, int64_t batch, int64_t channels, const int64_t (&map)[3])
+      : padded((channels + 15) / 16 * 16),
+        added(steps * batch, map[0] * map[1] * map[2], map[2], channels, 20, 3),
+        kind(int(pick(0, 2))) {
+    b.steps = steps, b.batch = batch, b.channels = channels, b.pixels = 1;
+    for (int d = 0; d < 3; d++) {
+      b.map[d] = map[d], b.window[d] = map[d] > 1 ? one_of(1, 1, 2) : 1;
+      b.pixels *= map[d] / b.window[d];
+    }
+    b.row_pixels = map[2] / b.window[2];
+    scale = eighths(padded), shift = eighths(padded), v = eighths(batch * b.pixels * channels);
+    if (pick(0, 1)) b.scale = scale.data(), b.shift = shift.data();
+    residual = eighths(kind == 1 ? steps * batch * map[0] * map[1] * map[2] * channels : 0);
+    if (kind == 1) b.residual = residual.data();
+    if (kind == 2) b.residual_bits = added.bits.data(), b.residual_counts = added.counts.data();
+    constants.assign(size_t(padded), 0.5f);
+    SfNeuron& k = b.neuron;
+    k.charge = int32_t(one_of(SF_NO_NEURON, SF_LEAK_INPUT_RATE, SF_INTEGRATE)), k.start = 0.25f;
+    k.reset = int32_t(one_of(SF_HARD, SF_SOFT)), k.timing = SF_SAME_STEP;
+    k.fires_above = k.threshold = k.decay = k.synapse_decay = constants.data();
+    for (const float*& gain : k.gains) gain = constants.data();
+    b.fresh = int32_t(pick(0, 1));
+    bits.assign(size_t(steps * batch * b.pixels * ((channels + 63) / 64)), ~uint64_t(0));
+    rows.assign(size_t(steps * batch * b.pixels / b.row_pixels), ~0u);
+    out.assign(size_t(k.charge == SF_NO_NEURON ? steps * batch * b.pixels * channels : 0), -1.0f);
+    b.v = v.data(), b.bits = bits.data(), b.row_counts = rows.data(), b.nonzero = &nonzero, b.out = out.data();
+    if (k.charge == SF_NO_NEURON) b.row_counts = nullptr, b.nonzero = nullptr;
+  }
+
+  static std::vector<float> eighths(int64_t n) {
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& value : values) value = float(pick(-8, 8)) / 8;
+    return values;
+  }
+
+  float current(const std::vector<float>& sums, int64_t image, int64_t pixel, int64_t c) const {
+    float x = sums[size_t((image * b.map[0] * b.map[1] * b.map[2] + pixel) * b.channels + c)];
+    if (b.scale != nullptr) x = x * scale[size_t(c)] + shift[size_t(c)];
+    const int64_t at = image * b.map[0] * b.map[1] * b.map[2] + pixel;
+    if (kind == 1) x += residual[size_t(at * b.channels + c)];
+    if (kind == 2) x += float(added.at(at, c));
+    return x;
+  }
+
+  float pooled(const std::vector<float>& sums, int64_t image, int64_t pixel, int64_t c) const {
+    const int64_t plane = b.map[1] / b.window[1], row = pixel / b.row_pixels;
+    const int64_t d0 = row / plane * b.window[0], h0 = row % plane * b.window[1], w0 = pixel % b.row_pixels * b.window[2];
+    float most = -INFINITY;
+    for (int64_t d = d0; d < d0 + b.window[0]; d++) {
+      for (int64_t h = h0; h < h0 + b.window[1]; h++) {
+        for (int64_t w = w0; w < w0 + b.window[2]; w++) {
+          most = std::fmax(most, current(sums, image, (d * b.map[1] + h) * b.map[2] + w, c));
+        }
+      }
+    }
+    return most;
+  }
+
+  // Whether results and the last state are those of `sums` [images][map][channels], from membranes as they were.
+  bool right(const std::vector<float>& sums, const std::vector<float>& before) const {
+    const SfNeuron& k = b.neuron;
+    int64_t fired = 0;
+    for (int64_t i = 0; i < b.batch * b.pixels * b.channels; i++) {
+      const int64_t n = i / b.channels / b.pixels, pixel = i / b.channels % b.pixels, c = i % b.channels;
+      float u = b.fresh ? k.start : before[size_t(i)];
+      for (int64_t t = 0; t < b.steps; t++) {
+        const int64_t image_pixel = (t * b.batch + n) * b.pixels + pixel;
+        const float x = pooled(sums, t * b.batch + n, pixel, c);
+        if (k.charge == SF_NO_NEURON) {
+          if (out[size_t(image_pixel * b.channels + c)] != x) return false;
+          continue;
+        }
+        const float h = k.charge == SF_INTEGRATE ? u + x : u + (x - u) * 0.5f;
+        const bool spike = h > 0.5f;
+        u = !spike ? h : k.reset == SF_HARD ? 0.0f : h - 0.5f;
+        fired += spike;
+        const uint64_t word = bits[size_t(image_pixel * ((b.channels + 63) / 64) + c / 64)];
+        if ((word >> (c % 64) & 1) != uint64_t(spike)) return false;
+      }
+      if (k.charge != SF_NO_NEURON && v[size_t(i)] != u) return false;
+    }
+    return k.charge == SF_NO_NEURON || fired == nonzero;
+  }
+};
+
+bool run_block() {
+  SfConv p{};
+  const int64_t steps = one_of(1, 2, 3, 3, 35), batch = pick(1, 2);
+  p.type = SF_F32, p.groups = one_of(1, 1, 2), p.batch = steps * batch;
+  const int64_t channels = one_of(1, 31, 70), outputs = p.groups > 1 ? one_of(16, 48) : one_of(1, 15, 33, 80);
+  p.in_channels = p.groups * channels, p.out_channels = p.groups * outputs;
+  for (int d = 0; d < 3; d++) {
+    p.kernel[d] = d == 0 ? 1 : one_of(1, 3, 3, 5), p.stride[d] = d == 0 ? 1 : pick(1, 2);
+    p.padding[d] = d == 0 ? 0 : pick(0, 2), p.dilation[d] = 1;
+    p.in_size[d] = d == 0 ? pick(1, 2) : p.kernel[d] + pick(0, 5);
+    p.out_size[d] = (p.in_size[d] + 2 * p.padding[d] - p.kernel[d]) / p.stride[d] + 1;
+  }
+  const int64_t plane = p.in_size[0] * p.in_size[1] * p.in_size[2], taps = p.kernel[1] * p.kernel[2];
+  const Spikes x(p.batch, plane, p.in_size[2], p.in_channels, one_of(0, 5, 30, 100), one_of(1, 1, 3));
+  FusedBlock fused(steps, batch, p.out_channels, p.out_size);
+  for (int d = 0; d < 3; d++) p.out_size[d] = p.out_size[d] / fused.b.window[d] * fused.b.window[d];
+  p.block = one_of(16, 32, 64), p.width = p.block * one_of(1, 2), p.slab = pick(1, 6), p.tile = one_of(1, 7, 64);
+  p.x_channels_last = p.out_channels_last = 1, p.split_outputs = int32_t(pick(0, 1));
+  const int threads = int(pick(1, 3));
+
+  std::vector<float> weight = FusedBlock::eighths(p.out_channels * channels * taps);
+  const int64_t size[5] = {p.out_channels, channels, 1, p.kernel[1], p.kernel[2]};
+  const int64_t stride[5] = {channels * taps, taps, taps, p.kernel[2], 1};
+  std::vector<float> packed(size_t((outputs + p.block - 1) / p.block * p.block * p.groups * channels * taps));
+  sf_pack(weight.data(), size, stride, p.groups, p.block, SF_F32, packed.data(), threads);
+
+  const int64_t map = fused.b.map[0] * fused.b.map[1] * fused.b.map[2];
+  std::vector<float> sums(size_t(p.batch * map * p.out_channels));
+  for (int64_t i = 0; i < int64_t(sums.size()); i++) {
+    const int64_t o = i % p.out_channels, pixel = i / p.out_channels % map, image = i / p.out_channels / map;
+    const int64_t ow = pixel % fused.b.map[2], oh = pixel / fused.b.map[2] % fused.b.map[1];
+    const int64_t d = pixel / fused.b.map[2] / fused.b.map[1];
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t h = oh * p.stride[1] - p.padding[1] + tap / p.kernel[2];
+      const int64_t w = ow * p.stride[2] - p.padding[2] + tap % p.kernel[2];
+      if (h < 0 || w < 0 || h >= p.in_size[1] || w >= p.in_size[2]) continue;
+      for (int64_t c = 0; c < channels; c++) {
+        const double value = x.at(image * plane + (d * p.in_size[1] + h) * p.in_size[2] + w, o / outputs * channels + c);
+        sums[size_t(i)] += float(value) * weight[size_t((o * channels + c) * taps + tap)];
+      }
+    }
+  }
+  bool counted = false;
+  for (const uint8_t count : x.counts) counted = counted || count > 1;
+  const std::vector<float> before = fused.v;
+  sf_poison_workspace(0xFF);
+  if (pick(0, 3) == 0) {
+    sf_block_dense(&fused.b, sums.data(), threads);
+  } else {
+    sf_block_conv(&p, &fused.b, x.bits.data(), x.rows.data(), counted ? x.counts.data() : nullptr, packed.data(), nullptr,
+                  threads);
+  }
+  if (fused.right(sums, before)) return true;
+  std::printf("block: %ld outputs, kernel %ld, charge %d\n", long(p.out_channels), long(p.kernel[2]), fused.b.neuron.charge);
+  return false;
+}
+
 }  // namespace
 
 int main() {
@@ -239,7 +420,7 @@ int main() {
     if (sf_select(isa) == nullptr) continue;
     for (int i = 0; i < 400; i++, runs++) {
       const uint64_t seed = state;
-      if (!run_conv() || !run_linear()) {
+      if (!run_conv() || !run_linear() || (i % 2 == 0 && !run_block())) {
         std::printf("wrong result: %s, state %llu\n", isa, static_cast<unsigned long long>(seed));
         return 1;
       }

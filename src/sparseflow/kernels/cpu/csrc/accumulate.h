@@ -2,8 +2,8 @@
 //
 // By *windows*, each output pixel walks the part of its row's list that it sees, and takes one weight row of an entry. By
 // *columns*, the list is walked once: an entry's weight rows for all the pixels that see it lie side by side, and are added
-// to the sums of those pixels, which are all in registers. That reads fewer entries, and the weights in longer pieces,
-// which come from L2 twice as fast. Both add the same terms in the same order (windows of 64 channels and more).
+// to the sums of those pixels, which are all in registers. That reads fewer entries, and the weights in longer pieces. Both
+// add the same terms in the same order (windows of 64 channels and more).
 #pragma once
 
 #include <type_traits>

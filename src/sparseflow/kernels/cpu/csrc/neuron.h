@@ -64,11 +64,6 @@ SF_INLINE Unit splat_unit(float value) {
   return u;
 }
 
-// Where the spikes of a unit lie within packed words.
-SF_INLINE int64_t spike_byte(const SfBlock& b, int64_t image_pixel, int64_t channel) {
-  return image_pixel * ceil_div(b.channels, 64) * 8 + channel / 8;
-}
-
 // ---- scale, shift, residual --------------------------------------------------------------------------------------
 
 enum Residual { kNoResidual, kFloatResidual, kBitResidual, kCountResidual };
@@ -98,12 +93,13 @@ class Affine {
       : kind_(residual_kind(b)),
         scaled_(b.scale != nullptr),
         shifted_(b.shift != nullptr),
+        channel_(channel),
         n_(n),
         scale_(scaled_ ? load_unit(b.scale + channel) : Unit{}),
         shift_(shifted_ ? load_unit(b.shift + channel) : Unit{}),
-        floats_(b.residual + channel),
-        bits_(reinterpret_cast<const char*>(b.residual_bits) + channel / 8),
-        counts_(b.residual_counts + channel),
+        floats_(b.residual),
+        bits_(reinterpret_cast<const char*>(b.residual_bits)),
+        counts_(b.residual_counts),
         channels_(b.channels),
         pixel_bytes_(ceil_div(b.channels, 64) * 8) {}
 
@@ -124,10 +120,10 @@ class Affine {
 
  private:
   SF_INLINE_MEMBER Unit residual_of(int64_t image_pixel) const {
-    if (kind_ == kFloatResidual) return load_channels<kTail>(floats_ + image_pixel * channels_, n_);
-    if (kind_ == kCountResidual) return counts_to_unit(counts_ + image_pixel * channels_, n_);
+    if (kind_ == kFloatResidual) return load_channels<kTail>(floats_ + image_pixel * channels_ + channel_, n_);
+    if (kind_ == kCountResidual) return counts_to_unit(counts_ + image_pixel * channels_ + channel_, n_);
     uint16_t spikes;
-    __builtin_memcpy(&spikes, bits_ + image_pixel * pixel_bytes_, 2);
+    __builtin_memcpy(&spikes, bits_ + image_pixel * pixel_bytes_ + channel_ / 8, 2);
     Unit u;
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; i++) u.part[i] = ones_where(lanes_of(spikes >> (i * kFloats) & ((1u << kFloats) - 1)));
@@ -136,7 +132,7 @@ class Affine {
 
   const Residual kind_;
   const bool scaled_, shifted_;
-  const int64_t n_;
+  const int64_t channel_, n_;
   const Unit scale_, shift_;
   const float* const floats_;
   const char* const bits_;
