@@ -35,7 +35,7 @@ def conv_supported(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"{dtype} is not float32, bfloat16, float16 or float64"
     columns = min(geometry.out_size[2], _SLAB_TILE) * geometry.stride[2] + 2 * geometry.kernel[2] * geometry.dilation[2]
-    rows = (columns + geometry.kernel[2]) * geometry.kernel[0] * geometry.kernel[1] * geometry.group_channels
+    rows = geometry.taps * geometry.group_channels + columns
     if rows * 128 * dtype.itemsize >= _MAX_OFFSET:
         return "the weights of one output block exceed 4 GiB"
     return None
