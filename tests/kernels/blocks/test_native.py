@@ -496,6 +496,17 @@ def test_conv_pooling_neuron(data, layer, density, most, seed):
         assert_states(own, wanted)
 
 
+def test_a_pixel_that_only_sees_padding(isa):
+    """One pixel in and one out, as in a linear layer, but not that one."""
+    layer = ((2, 1, 64, 1), (33, 64, 1), [3], [(1, 1)], [1], 1)
+    geometry = geometry_of(layer)
+    assert geometry.out_pixels == 1
+    x, weight = packed(layer[0], 1.0, 1, 0), grid(layer[1], 0)
+    for variant in ops().variants(geometry, 2):
+        weights = ops().pack_weight(weight, geometry, variant)
+        assert not ops().conv(x, weights, geometry, variant, Epilogue(), None, None, 2).any(), variant
+
+
 @settings(max_examples=40, deadline=None)
 @given(layer=layers(), density=DENSITIES, most=MOSTS, seed=SEEDS)
 def test_sums_stay_inside_the_error_budget(layer, density, most, seed):

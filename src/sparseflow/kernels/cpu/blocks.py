@@ -440,7 +440,7 @@ def _full_variants(geometry: ConvGeometry) -> tuple[Variant, ...]:
 
 def _streamed(geometry: ConvGeometry) -> tuple[Variant, ...]:
     """Variants of a linear layer that stream whole weight rows, and step the neuron behind: what few rows want."""
-    if geometry.groups > 1 or geometry.in_size != (1, 1, 1) or geometry.taps > 1:
+    if geometry.groups > 1 or geometry.in_size != (1, 1, 1) or geometry.taps > 1 or any(geometry.padding):
         return ()
     sizes = (geometry.batch, geometry.in_channels, geometry.out_channels)
     return tuple(v for v in engine.linear_variants(*sizes, torch.float32) if v.structure == Structure.ROWS)
