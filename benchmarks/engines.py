@@ -96,11 +96,8 @@ class Block:
 
     @property
     def geometry(self) -> ConvGeometry:
-        x, weight = (
-            (STEPS * self.batch, self.channels, 1, self.side, self.side),
-            (self.channels, self.channels, 1, 3, 3),
-        )
-        return ConvGeometry.from_call(x, weight, (1, 1, 1), (0, 1, 1), (1, 1, 1), 1)
+        x, weight = (STEPS * self.batch, self.channels, self.side, self.side), (self.channels, self.channels, 3, 3)
+        return ConvGeometry.from_call(x, weight, (1, 1), (1, 1), (1, 1), 1)
 
     def runs(self) -> dict[str, Callable[[], PackedSpikes | Tensor]]:
         """A call in every variant, with what the engine in use needs for it."""

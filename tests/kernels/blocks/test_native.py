@@ -19,13 +19,12 @@ from sparseflow.kernels.blocks import reference
 from sparseflow.kernels.blocks.buffers import BufferPool
 from sparseflow.kernels.blocks.records import Dynamics, Epilogue, State, pooled_size
 from sparseflow.kernels.blocks.spikes import PackedSpikes, as_tensor, channels_last, pack, spatial, unpack
-from sparseflow.kernels.cpu import engine, loader
+from sparseflow.kernels.cpu import blocks, engine, loader
 from sparseflow.kernels.geometry import ConvGeometry
 from sparseflow.kernels.reference import excess
 from sparseflow.kernels.weight_blocks import present_blocks, spread
 from sparseflow.neuron import Charge, Reset, ResetTiming
 
-blocks = pytest.importorskip("sparseflow.kernels.cpu.blocks")
 pytestmark = pytest.mark.skipif(not engine.available(), reason="no native engine on this machine")
 
 SEEDS = st.integers(0, 2**31 - 1)

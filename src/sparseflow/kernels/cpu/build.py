@@ -1,7 +1,7 @@
 """Compiles the native CPU engine: one shared library, one translation unit per instruction set.
 
 Standard library only, because ``setup.py`` runs this file before anything is installed. The library has a C ABI and
-no torch headers, so one build serves every torch version and takes seconds.
+no torch headers, so one build serves every torch version.
 """
 
 from __future__ import annotations

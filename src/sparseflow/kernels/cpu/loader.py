@@ -58,7 +58,7 @@ def _compiled() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "build.lock"):
             if not path.exists():
-                _log.info("compiling the native CPU engine (once, a few seconds) into %s", folder)
+                _log.info("compiling the native CPU engine (once, about a minute) into %s", folder)
                 build.build(path, compiler)
     except (build.BuildError, OSError) as error:
         raise EngineUnavailableError(
