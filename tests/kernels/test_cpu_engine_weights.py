@@ -80,6 +80,20 @@ def test_adaptive_variants_become_fixed_at_every_density():
                 assert fixed.tile > 0
 
 
+def test_slabs_only_where_they_save_reads():
+    """512 channels, whose weights are larger than L2: a slab pays where it is met several times, not where each row of
+    weights is read once anyway."""
+
+    def slab(batch, size, density):
+        g = engine.ConvGeometry.from_call((4 * batch, 512, size, size), (512, 512, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+        return schedule.resolve(engine.Variant.from_name("outputs-b64-w0-s0-t0"), g, torch.float32, density).slab
+
+    assert slab(batch=8, size=2, density=0.1) > 0
+    assert slab(batch=1, size=5, density=0.05) > 0
+    assert slab(batch=1, size=2, density=0.05) == 0
+    assert slab(batch=8, size=2, density=0.005) == 0
+
+
 def test_unsupported_dtypes_have_a_reason():
     g = next(geometries())
     assert engine.conv_supported(g, torch.float32) is None

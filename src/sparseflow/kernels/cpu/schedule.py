@@ -22,6 +22,9 @@ _SLAB_BYTES = 48 << 10  # weights that one walk keeps close to the core; most of
 _MIN_SLAB_EVENTS = 24
 # The same where threads keep to their own outputs: weights are large there, and a slab is what stays in L2.
 _SHARED_SLAB_BYTES, _MIN_SHARED_SLAB_EVENTS = 192 << 10, 96
+# Weights of a pass that do not stay in L2 from one output row to the next. There a slab saves reads from behind L2, and
+# is worth it from this many a walk.
+_L2_BYTES, _MIN_SAVED_READS = 768 << 10, 12
 _BLOCK_TILES = (112, 400)  # output pixels of a tile whose sums, of 16 channels, stay in L1
 _FEW_ROWS = 8  # of a linear layer's input: up to it, few of them share a weight row
 _SPARSE_SHARE = 0.5  # of weight blocks: up to it, skipping the others is the best guess
@@ -113,15 +116,29 @@ def resolve(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, densit
     """The fixed variant that an adaptive one (``width`` 0) stands for at this density."""
     if variant.width:
         return variant
-    if density < _WIDE_DENSITY:
-        return Variant(variant.structure, variant.block, 128, 0, _TILE)
+    slab = _slab(variant, geometry, dtype, density)
+    if slab:
+        return Variant(variant.structure, variant.block, variant.block, slab, _SLAB_TILE)
+    wide = density < _WIDE_DENSITY and variant.structure == Structure.PIXELS
+    return Variant(variant.structure, variant.block, 128 if wide else variant.block, 0, _TILE)
+
+
+def _slab(variant: Variant, geometry: ConvGeometry, dtype: torch.dtype, density: float) -> int:
+    """Pairs of kernel row and word that a walk had better take at a time; 0 for all."""
+    shared = variant.structure == Structure.OUTPUTS
     pair_rows = geometry.kernel[2] * min(WORD, geometry.group_channels)
     pair_bytes = pair_rows * variant.block * dtype.itemsize
     pairs = geometry.kernel[0] * geometry.kernel[1] * -(-geometry.group_channels // WORD)
-    slab_bytes, least = _SLAB_BYTES, _MIN_SLAB_EVENTS * (1 if pairs * pair_bytes > 2 * _SLAB_BYTES else 2)
-    if variant.structure == Structure.OUTPUTS:
-        slab_bytes, least = _SHARED_SLAB_BYTES, _MIN_SHARED_SLAB_EVENTS
-    slab = max(1, slab_bytes // pair_bytes)
-    if slab < pairs and density * slab * pair_rows >= least:
-        return Variant(variant.structure, variant.block, variant.block, slab, _SLAB_TILE)
-    return Variant(variant.structure, variant.block, variant.block, 0, _TILE)
+    slab = max(1, (_SHARED_SLAB_BYTES if shared else _SLAB_BYTES) // pair_bytes)
+    if slab >= pairs:
+        return 0
+    events = density * slab * pair_rows  # a walk
+    if shared and pairs * pair_bytes > _L2_BYTES:
+        reads = density * geometry.batch * geometry.out_pixels  # of each weight row
+        worth = events * (1 - 1 / max(1, reads)) >= _MIN_SAVED_READS
+    elif shared:
+        worth = events >= _MIN_SHARED_SLAB_EVENTS
+    else:
+        small = pairs * pair_bytes <= 2 * _SLAB_BYTES
+        worth = density >= _WIDE_DENSITY and events >= (2 if small else 1) * _MIN_SLAB_EVENTS
+    return slab if worth else 0
