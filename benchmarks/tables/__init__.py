@@ -1,0 +1,1 @@
+"""The tables of README.md and docs, made from the committed results, so that they cannot drift."""
