@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import nn
 
+from sparseflow.modules.fused.block import BlockRun
+
 from .nets import (
     Net,
     assert_equal,
@@ -178,6 +180,24 @@ def test_inputs_of_every_kind(pair, name):
         with torch.no_grad():
             expected, found = dense(x), ours(x)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["as it is", "channels_last", "transposed", "batch first"])
+@pytest.mark.parametrize("changed", [None, 0, 1, 2])
+def test_equal_steps_are_computed_once_in_any_memory_layout(pair, monkeypatch, name, changed):
+    seen = []
+    plain = BlockRun._dense_sums
+    monkeypatch.setattr(BlockRun, "_dense_sums", lambda block, x: seen.append(len(x)) or plain(block, x))
+    x = images()[:1].repeat(3, 1, 1, 1, 1)
+    if changed is not None:
+        x[changed, -1, -1, -1, -1] += 1
+    x = INPUTS.get(name, lambda x: x)(x)
+    with torch.no_grad():
+        pair[1](x)
+        functional.reset_net(pair[1])
+        seen.clear()
+        pair[1](x)
+    assert seen[0] == (2 if changed is None else 6)
 
 
 def test_an_input_that_is_written_to_between_calls(pair):
