@@ -87,4 +87,6 @@ class Page:
 
     def requests(self) -> list[str]:
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        # The browser's own start page may still be loading when the page is opened.
+        return [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome:")]
