@@ -4,9 +4,9 @@
     python -m benchmarks.fit_predictor --check    exit 1 if the file is not what the results say
     python -m benchmarks.fit_predictor --trace    first run the measured networks, for shapes and densities
 
-``benchmarks/results/layers.json`` has the sweep of layer shapes, ``networks.json`` and ``fused.json`` the networks. The
-layers of a network and their densities are not in these: ``--trace`` runs every network on its inputs and writes
-``benchmarks/results/net_calls.json``.
+In ``benchmarks/results``, ``layers.json`` has the sweep of layer shapes, ``models.json``, ``networks.json`` (sizes) and
+``fused.json`` the networks. The layers of a network and their densities are not in these: ``--trace`` runs every
+network on its inputs and writes ``net_calls.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +41,7 @@ from sparseflow.study.records import LayerShape
 from sparseflow.study.shapes import LayerCall, NetCall, trace
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-LAYERS, NETWORKS, FUSED, CALLS = (f"{name}.json" for name in ("layers", "networks", "fused", "net_calls"))
+LAYERS, MODELS, SIZES, FUSED, CALLS = (f"{n}.json" for n in ("layers", "models", "networks", "fused", "net_calls"))
 _EAGER, _FUSED = "eager", "level 2"
 _SUITES = ("models", "scaling")
 Calls = dict[str, tuple[NetCall, dict[str, float]]]
@@ -76,17 +75,13 @@ def layer_points(record: dict[str, Any]) -> tuple[list[Point], list[Point]]:
 
 
 def measured_networks() -> Iterator[tuple[str, float, float]]:
-    """Case, eager and fused time in ms: medians, and of a network that was measured on several days their median."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for point in _load(NETWORKS)["points"]:
+    """Case, eager and fused time in ms, both medians; of a network that was measured twice the later ones."""
+    found = {row["case"]: (row["ms"][_EAGER][1], row["ms"][_FUSED][1]) for row in _load(FUSED)["rows"] if row["green"]}
+    for point in (*_load(SIZES)["points"], *_load(MODELS)["points"]):
         if point["suite"] in _SUITES and (point["kernel"], point["baseline"]) == (_FUSED, _EAGER) and point["value"]:
-            found.setdefault(point["case"], []).append((point["baseline_value"][1], point["value"][1]))
-    for row in _load(FUSED)["rows"]:
-        if row["green"]:
-            found.setdefault(row["case"], []).append((row["ms"][_EAGER][1], row["ms"][_FUSED][1]))
+            found[point["case"]] = point["baseline_value"][1], point["value"][1]
     for case, times in found.items():
-        eager, fused = zip(*times, strict=True)
-        yield case, statistics.median(eager), statistics.median(fused)
+        yield case, *times
 
 
 def net_points(calls: Calls, models: LayerModels) -> tuple[list[Point], list[Point]]:
@@ -182,7 +177,7 @@ def fit_predictor() -> Predictor:
     nets = (fitted(points, architecture) for points in net_points(read_calls(), layers))
     environment = record["environment"]
     machine = {name: environment[name] for name in ("cpu", "cores", "threads", "engine", "torch", "system")}
-    sources = tuple(map(_source, (LAYERS, NETWORKS, FUSED, CALLS)))
+    sources = tuple(map(_source, (LAYERS, MODELS, SIZES, FUSED, CALLS)))
     return Predictor(machine, sources, *layers, *nets)
 
 

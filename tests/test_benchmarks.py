@@ -22,6 +22,7 @@ def test_committed_results_are_complete_and_green():
     layers = Results.load(ROOT / "benchmarks/results/layers.json")
     found = {(point.case, point.config["density set"]) for point in layers.points if point.suite == "layers"}
     assert found == {(shape.name, density) for shape in SHAPES for density in DENSITIES}
-    networks = Results.load(ROOT / "benchmarks/results/networks.json")
-    assert {point.suite for point in networks.points} >= {"models"}
-    assert all(point.gate.green for point in (*layers.points, *networks.points))
+    models, networks = (Results.load(ROOT / f"benchmarks/results/{name}.json") for name in ("models", "networks"))
+    assert {point.suite for point in models.points} == {"models"}
+    assert {point.suite for point in networks.points} == {"scaling", "memory", "startup", "peers"}
+    assert all(point.gate.green for point in (*layers.points, *models.points, *networks.points))

@@ -24,7 +24,7 @@ def networks() -> str:
         "over eager",
         "over compiled fp32",
     ]
-    cases = {name: found for (name,), found in by_case("networks.json", "models").items()}
+    cases = {name: found for (name,), found in by_case("models.json", "models").items()}
     return table(head, [_network(name, cases[name]) for name in sorted(cases, key=_natural)])
 
 
@@ -132,7 +132,7 @@ def fused_machine() -> str:
 
 def machine() -> str:
     """What the networks were measured on."""
-    return environment("networks.json")
+    return environment("models.json")
 
 
 def pruned_networks() -> str:
