@@ -14,6 +14,7 @@ from torch import nn
 from sparseflow.graph import spike_map, trace
 from sparseflow.plan import Provenance
 from tests.graph.labels import provenances
+from tests.graph.nets import loud
 
 NEURONS = {
     "Leaky": (lambda n: snn.Leaky(beta=0.9), "init_leaky"),
@@ -54,15 +55,6 @@ class Loop(nn.Module):
     def _step(self, neuron, current, state):
         spk, *rest = neuron(current, *state)
         return spk, ((spk, *rest) if self.recurrent else tuple(rest))
-
-
-def loud(net):
-    """Weights large enough that the neurons fire."""
-    torch.manual_seed(2)
-    for module in net.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, 0.2, 1.0)
-    return net
 
 
 @pytest.mark.parametrize("name", NEURONS)

@@ -12,6 +12,8 @@ from torch import nn
 from sparseflow.frameworks import NeuronSpec, register_neuron, unregister_neuron
 from sparseflow.graph import TraceError, spike_map, trace
 
+from .nets import Function
+
 
 class Integrate(nn.Module):
     def __init__(self):
@@ -30,19 +32,6 @@ def registered():
     register_neuron(Integrate)
     yield
     unregister_neuron(Integrate)
-
-
-class Function(nn.Module):
-    """A forward given as a function of the module and the input."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.function = forward
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def rank_questions(_net, x):

@@ -39,19 +39,6 @@ class Passing(nn.Module):
         return spike, mem - spike * 0.5
 
 
-class Function(nn.Module):
-    """A forward given as a function of the module and the input."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.function = forward
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def leaves(value):
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
@@ -109,12 +96,3 @@ def count(graph, target):
 
 def layers():
     return {"fc1": nn.Linear(4, 6), "sn1": Lif(), "fc2": nn.Linear(6, 3), "sn2": Lif()}
-
-
-def loud(net):
-    """Weights large enough that the neurons fire."""
-    torch.manual_seed(2)
-    for module in net.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, 0.2, 1.0)
-    return net

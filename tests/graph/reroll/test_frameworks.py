@@ -11,7 +11,8 @@ from sparseflow.graph import trace
 from sparseflow.graph.reroll import reroll
 from sparseflow.graph.timeops import neuron_sequence
 
-from .loops import Function, N, T, calls, count, layers, loud, rolled, sequences
+from ..nets import Function, loud
+from .loops import N, T, calls, count, layers, rolled, sequences
 
 
 @pytest.fixture

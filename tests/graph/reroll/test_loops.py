@@ -15,7 +15,8 @@ from sparseflow.graph import trace
 from sparseflow.graph.reroll import reroll
 from sparseflow.graph.timeops import neuron_sequence
 
-from .loops import Function, Lif, N, Passing, T, calls, count, layers, rolled, sequences, states
+from ..nets import Function
+from .loops import Lif, N, Passing, T, calls, count, layers, rolled, sequences, states
 
 
 def test_a_plain_loop_runs_every_layer_once():
