@@ -58,13 +58,21 @@ SF_INLINE void store_channels(float* p, const Unit& u, int64_t n) {
   for (int i = 0; i < kVectors; i++) store_first(p + i * kFloats, u.part[i], n - i * kFloats);
 }
 
+SF_INLINE VecF32 splat_float(float value) { return value - VecF32{}; }  // the sum would lose the sign of -0
+
 SF_INLINE Unit splat_unit(float value) {
   Unit u;
-  for (VecF32& part : u.part) part = VecF32{} + value;
+  for (VecF32& part : u.part) part = splat_float(value);
   return u;
 }
 
 // ---- scale, shift, residual --------------------------------------------------------------------------------------
+
+SF_INLINE Unit added(Unit a, const Unit& b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) a.part[i] = a.part[i] + b.part[i];
+  return a;
+}
 
 enum Residual { kNoResidual, kFloatResidual, kBitResidual, kCountResidual };
 
@@ -85,18 +93,17 @@ __attribute__((noinline)) inline Unit counts_to_unit(const uint8_t* counts, int6
   return u;
 }
 
-// x = sums * scale + shift + residual for one unit of channels, n of which there are.
+// x = sums * scale + shift + residual for one unit of channels, n of which there are. Where there is no scale or shift, 1
+// and -0 change no value.
 template <bool kTail>
 class Affine {
  public:
   SF_INLINE_MEMBER Affine(const SfBlock& b, int64_t channel, int64_t n)
       : kind_(residual_kind(b)),
-        scaled_(b.scale != nullptr),
-        shifted_(b.shift != nullptr),
         channel_(channel),
         n_(n),
-        scale_(scaled_ ? load_unit(b.scale + channel) : Unit{}),
-        shift_(shifted_ ? load_unit(b.shift + channel) : Unit{}),
+        scale_(b.scale != nullptr ? load_unit(b.scale + channel) : splat_unit(1.0f)),
+        shift_(b.shift != nullptr ? load_unit(b.shift + channel) : splat_unit(-0.0f)),
         floats_(b.residual),
         bits_(reinterpret_cast<const char*>(b.residual_bits)),
         counts_(b.residual_counts),
@@ -105,20 +112,20 @@ class Affine {
 
   // Of the sums at x, which belong to a pixel of the map.
   SF_INLINE_MEMBER Unit of(const float* x, int64_t image_pixel) const {
+    const Unit u = scaled(x);
+    return kind_ == kNoResidual ? u : added(u, residual_of(image_pixel));
+  }
+
+  bool has_residual() const { return kind_ != kNoResidual; }
+
+  // Without the residual.
+  SF_INLINE_MEMBER Unit scaled(const float* x) const {
     Unit u = load_channels<kTail>(x, n_);
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i++) {
-      if (scaled_) u.part[i] = u.part[i] * scale_.part[i];
-      if (shifted_) u.part[i] = u.part[i] + shift_.part[i];
-    }
-    if (kind_ == kNoResidual) return u;
-    const Unit residual = residual_of(image_pixel);
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i++) u.part[i] = u.part[i] + residual.part[i];
+    for (int i = 0; i < kVectors; i++) u.part[i] = u.part[i] * scale_.part[i] + shift_.part[i];
     return u;
   }
 
- private:
   SF_INLINE_MEMBER Unit residual_of(int64_t image_pixel) const {
     if (kind_ == kFloatResidual) return load_channels<kTail>(floats_ + image_pixel * channels_ + channel_, n_);
     if (kind_ == kCountResidual) return counts_to_unit(counts_ + image_pixel * channels_ + channel_, n_);
@@ -130,8 +137,8 @@ class Affine {
     return u;
   }
 
+ private:
   const Residual kind_;
-  const bool scaled_, shifted_;
   const int64_t channel_, n_;
   const Unit scale_, shift_;
   const float* const floats_;
@@ -207,7 +214,8 @@ SF_INLINE void write_currents(const SfBlock& b, const Run& run, const Sums& sums
 // The constants of one unit of channels.
 struct Constants {
   Unit fires_above, threshold, decay, gains[3], synapse_decay;
-  VecF32 reset_value, rest;
+  Unit no_threshold;  // threshold * 0
+  VecF32 reset_value, no_reset, rest;
 
   Constants(const SfNeuron& k, int64_t channel)
       : fires_above(load_unit(k.fires_above + channel)),
@@ -215,8 +223,11 @@ struct Constants {
         decay(load_unit(k.decay + channel)),
         gains{load_unit(k.gains[0] + channel), load_unit(k.gains[1] + channel), load_unit(k.gains[2] + channel)},
         synapse_decay(load_unit(k.synapse_decay + channel)),
-        reset_value(VecF32{} + k.reset_value),
-        rest(VecF32{} + k.rest) {}
+        reset_value(splat_float(k.reset_value)),
+        no_reset(splat_float(k.reset_value * 0.0f)),
+        rest(splat_float(k.rest)) {
+    for (int i = 0; i < kVectors; i++) no_threshold.part[i] = threshold.part[i] * 0.0f;
+  }
 };
 
 template <int kCharge>
@@ -252,78 +263,103 @@ SF_INLINE uint32_t step(const Constants& k, int i, VecF32& v, VecF32& syn, VecF3
     if constexpr (kReset == SF_HARD && kCharge != SF_DECAY) h = h - late * h;
   }
   const LaneMask spikes = greater(h, k.fires_above.part[i]);
-  const VecF32 s = ones_where(spikes);
   if constexpr (kReset == SF_NONE || kTiming == SF_NEXT_STEP) {
     v = h;
+  } else if constexpr (kTiming == SF_SAME_STEP && kReset == SF_SOFT) {  // h - s * threshold
+    v = h - select(spikes, k.threshold.part[i], k.no_threshold.part[i]);
+  } else if constexpr (kTiming == SF_SAME_STEP) {  // s * reset_value + (1 - s) * h
+    v = select(spikes, k.reset_value, k.no_reset) + select(spikes, h * 0.0f, h);
   } else if constexpr (kReset == SF_SOFT) {
-    v = h - (s - late) * k.threshold.part[i];
-  } else if constexpr (kTiming == SF_SAME_STEP) {
-    v = s * k.reset_value + (one - s) * h;
+    v = h - (ones_where(spikes) - late) * k.threshold.part[i];
   } else {
-    v = h - (s - late) * h;
+    v = h - (ones_where(spikes) - late) * h;
   }
   return lane_bits(spikes);
 }
 
-constexpr int64_t kStepsAtOnce = 32;  // time steps whose spikes are counted in one go
+constexpr int64_t kStepsAtOnce = 32;  // time steps whose currents are computed before the neuron takes them
+// Pixels that do: the operations of a step wait for each other, those of several pixels do not.
+constexpr int kTogether = 4 / kVectors;
 
-// All steps of one unit of channels; adds up how many fire at each. Without pooling.
+struct Currents {
+  Unit x[kStepsAtOnce][kTogether];
+};
+
+// Currents of the pixels `pixel` of a run at its first `steps` time steps, without pooling.
+template <bool kTail>
+SF_INLINE void compute_currents(const Affine<kTail>& affine, const SfBlock& b, const Sums& sums, int64_t c,
+                                const int64_t (&pixel)[kTogether], int64_t steps, Currents& currents) {
+  const float* x = sums.x + c;
+  for (int64_t s = 0; s < steps; s++, x += sums.step) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; i++) currents.x[s][i] = affine.scaled(x + pixel[i] * sums.pixel);
+  }
+  if (!affine.has_residual()) return;
+  int64_t first = sums.image_pixel;
+  for (int64_t s = 0; s < steps; s++, first += b.batch * map_pixels(b)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; i++) {
+      currents.x[s][i] = added(currents.x[s][i], affine.residual_of(first + pixel[i]));
+    }
+  }
+}
+
+// All steps of one unit of channels, without pooling.
 template <int kCharge, int kReset, int kTiming, bool kTail>
-void fire_unit(const SfBlock& block, const Run& run, const Sums& sums, int64_t c, int64_t n, uint32_t* fired) {
+void fire_unit(const SfBlock& block, const Run& run, const Sums& sums, int64_t c, int64_t n) {
   const SfBlock b = block;  // a copy: no store can change it
-  const int64_t channel = run.first_channel + c, steps = run.steps, pixels = run.pixels;
-  const int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel, step_pixels = b.batch * b.pixels;
-  const int64_t pixel_bytes = ceil_div(b.channels, 64) * 8, map_step = b.batch * map_pixels(b);
-  const int64_t x_step = sums.step, x_pixel = sums.pixel;
+  const int64_t channel = run.first_channel + c, steps = run.steps, step_pixels = b.batch * b.pixels;
+  const int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel;
+  const int64_t pixel_bytes = ceil_div(b.channels, 64) * 8, state = (run.n * b.pixels + run.pixel) * b.channels + channel;
   const Constants k(b.neuron, channel);
   const Affine<kTail> affine(b, channel, n);
-  const bool fresh = b.fresh && run.t == 0;
+  const bool fresh = b.fresh && run.t == 0, invariant = sums.step == 0 && !affine.has_residual();
   const Unit start = splat_unit(b.neuron.start), silent = splat_unit(0.0f);
   const auto valid = uint32_t(low_bits(n));
-  const int64_t map_pixel = sums.image_pixel, at = (run.n * b.pixels + run.pixel) * b.channels + channel;
-  const float* const x0 = sums.x + c;
   char* const bits = reinterpret_cast<char*>(b.bits) + image_pixel * pixel_bytes + channel / 8;
   float* const v_seq = b.v_seq == nullptr ? nullptr : b.v_seq + image_pixel * b.channels + channel;
-  // The operations of a step wait for each other; those of several pixels do not.
-  const auto take = [&](auto together, int64_t p) __attribute__((always_inline)) {
-    constexpr int kPixels = decltype(together)::value;
-    Unit v[kPixels], syn[kPixels];
+  Currents currents;
+  for (int64_t p = 0; p < run.pixels; p += kTogether) {
+    int64_t pixel[kTogether];  // the last one several times where there are fewer
+    Unit v[kTogether], syn[kTogether];
 #pragma GCC unroll 4
-    for (int i = 0; i < kPixels; i++) {
-      const int64_t state = at + (p + i) * b.channels;
-      v[i] = fresh ? start : load_channels<kTail>(b.v + state, n);
+    for (int i = 0; i < kTogether; i++) {
+      pixel[i] = min(p + i, run.pixels - 1);
+      v[i] = fresh ? start : load_channels<kTail>(b.v + state + pixel[i] * b.channels, n);
       syn[i] = silent;
-      if (kCharge == SF_SYNAPTIC && !fresh) syn[i] = load_channels<kTail>(b.syn + state, n);
+      if (kCharge == SF_SYNAPTIC && !fresh) syn[i] = load_channels<kTail>(b.syn + state + pixel[i] * b.channels, n);
     }
+    compute_currents(affine, b, sums, c, pixel, invariant ? 1 : steps, currents);
     for (int64_t s = 0; s < steps; s++) {
+      const Unit(&x)[kTogether] = currents.x[invariant ? 0 : s];
 #pragma GCC unroll 4
-      for (int i = 0; i < kPixels; i++) {
-        const Unit in = affine.of(x0 + s * x_step + (p + i) * x_pixel, map_pixel + s * map_step + p + i);
+      for (int i = 0; i < kTogether; i++) {
         uint32_t spikes = 0;
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; j++) {
-          const uint32_t lanes = step<kCharge, kReset, kTiming>(k, j, v[i].part[j], syn[i].part[j], in.part[j]);
+          const uint32_t lanes = step<kCharge, kReset, kTiming>(k, j, v[i].part[j], syn[i].part[j], x[i].part[j]);
           spikes |= lanes << (j * kFloats);
         }
-        if (v_seq != nullptr) store_channels<kTail>(v_seq + (s * step_pixels + p + i) * b.channels, v[i], n);
+        const int64_t at = s * step_pixels + pixel[i];
         const auto half = uint16_t(kTail ? spikes & valid : spikes);
-        __builtin_memcpy(bits + (s * step_pixels + p + i) * pixel_bytes, &half, 2);
-        fired[s] += uint32_t(popcount(half));
+        __builtin_memcpy(bits + at * pixel_bytes, &half, 2);
+        if (v_seq != nullptr) store_channels<kTail>(v_seq + at * b.channels, v[i], n);
       }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kPixels; i++) {
-      const int64_t state = at + (p + i) * b.channels;
-      store_channels<kTail>(b.v + state, v[i], n);
-      if (kCharge == SF_SYNAPTIC) store_channels<kTail>(b.syn + state, syn[i], n);
+    for (int i = 0; i < kTogether; i++) {
+      store_channels<kTail>(b.v + state + pixel[i] * b.channels, v[i], n);
+      if (kCharge == SF_SYNAPTIC) store_channels<kTail>(b.syn + state + pixel[i] * b.channels, syn[i], n);
     }
-  };
-  constexpr int kTogether = kTail && !kFreeMasks ? 1 : 4 / kVectors;
-  int64_t p = 0;
-  if constexpr (kTogether > 1) {
-    for (; p + kTogether <= pixels; p += kTogether) take(std::integral_constant<int, kTogether>{}, p);
   }
-  for (; p < pixels; p++) take(std::integral_constant<int, 1>{}, p);
+}
+
+// Set bits of a pixel's `bytes` bytes, an even number.
+SF_INLINE uint32_t count_bits(const char* p, int64_t bytes) {
+  uint32_t count = 0;
+  for (; bytes >= 8; bytes -= 8, p += 8) count += uint32_t(popcount(load<uint64_t>(p)));
+  for (; bytes > 0; bytes -= 2, p += 2) count += uint32_t(popcount(load<uint16_t>(p)));
+  return count;
 }
 
 // The bytes of the last word that lie behind the last unit of channels.
@@ -336,24 +372,37 @@ SF_INLINE void clear_padding(const SfBlock& b, const Run& run) {
   }
 }
 
+// Adds a run's spikes to the counts of its rows.
+SF_INLINE void count_spikes(const SfBlock& b, const Run& run) {
+  const int64_t pixel_bytes = ceil_div(b.channels, 64) * 8, end = run.pixel + run.pixels;
+  const int64_t bytes = ceil_div(run.channels, kUnit) * 2;
+  for (int64_t t = run.t; t < run.t + run.steps; t++) {
+    const int64_t first = (t * b.batch + run.n) * b.pixels;
+    for (int64_t p = run.pixel; p < end;) {
+      const int64_t row_end = min(end, (p / b.row_pixels + 1) * b.row_pixels);
+      uint32_t* const count = b.row_counts + (first + p) / b.row_pixels;
+      uint32_t fired = 0;
+      for (; p < row_end; p++) {
+        const char* spikes = reinterpret_cast<char*>(b.bits) + (first + p) * pixel_bytes + run.first_channel / 8;
+        fired += count_bits(spikes, bytes);
+      }
+      __atomic_fetch_add(count, fired, __ATOMIC_RELAXED);
+    }
+  }
+}
+
 // At most kStepsAtOnce steps of a run.
 template <int kCharge, int kReset, int kTiming>
 void fire(const SfBlock& b, const Run& run, const Sums& sums) {
-  uint32_t fired[kStepsAtOnce] = {};
   int64_t c = 0;
   if constexpr (!kFreeMasks) {
-    for (; c + kUnit <= run.channels; c += kUnit) {
-      fire_unit<kCharge, kReset, kTiming, false>(b, run, sums, c, kUnit, fired);
-    }
+    for (; c + kUnit <= run.channels; c += kUnit) fire_unit<kCharge, kReset, kTiming, false>(b, run, sums, c, kUnit);
   }
   for (; c < run.channels; c += kUnit) {
-    fire_unit<kCharge, kReset, kTiming, true>(b, run, sums, c, min(kUnit, run.channels - c), fired);
+    fire_unit<kCharge, kReset, kTiming, true>(b, run, sums, c, min(kUnit, run.channels - c));
   }
   clear_padding(b, run);
-  for (int64_t s = 0; s < run.steps; s++) {
-    const int64_t row = (((run.t + s) * b.batch + run.n) * b.pixels + run.pixel) / b.row_pixels;
-    __atomic_fetch_add(b.row_counts + row, fired[s], __ATOMIC_RELAXED);
-  }
+  count_spikes(b, run);
 }
 
 // Runs the neuron on sums that are not pooled, and counts its spikes.

@@ -163,6 +163,15 @@ SF_INLINE VecF32 larger(VecF32 a, VecF32 b) {
   return take ? b : a;
 }
 
+// a in the lanes that are set, b in the others.
+SF_INLINE VecF32 select(LaneMask mask, VecF32 a, VecF32 b) {
+#if defined(SF_AVX512)
+  return (VecF32)_mm512_mask_blend_ps(mask, (__m512)b, (__m512)a);
+#else
+  return mask ? a : b;
+#endif
+}
+
 // 1.0 in the lanes that are set, 0.0 in the others.
 SF_INLINE VecF32 ones_where(LaneMask mask) {
 #if defined(SF_AVX512)
