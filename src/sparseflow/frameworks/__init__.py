@@ -19,7 +19,7 @@ from sparseflow.frameworks.registry import (
     stores_sequence,
     unregister_neuron,
 )
-from sparseflow.frameworks.state import StateSnapshot, read_state, restore_state, snapshot_state, write_state
+from sparseflow.frameworks.state import StateSnapshot, read_state, restore_state, snapshot_state, state_table, write_state
 from sparseflow.neuron import Charge, NeuronSpec, Reset, ResetTiming
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "restore_state",
     "snapshot_state",
     "state_methods",
+    "state_table",
     "state_tensors",
     "steps_over_time",
     "stores_sequence",

@@ -13,6 +13,14 @@ from torch import nn
 _NOT_STATE = frozenset({"_parameters", "_modules"})
 
 
+def state_table(module: nn.Module, name: str) -> dict[str, Any] | None:
+    """The dictionary in which a neuron holds its state ``name``; ``None`` where it is an attribute like others."""
+    memories = module.__dict__.get("_memories")
+    if memories is not None and name in memories:
+        return memories
+    return module._buffers if name in module._buffers else None
+
+
 def read_state(module: nn.Module, name: str) -> Any:
     """What a neuron holds as its state ``name``: a tensor, or the number that it starts from."""
     memories = module.__dict__.get("_memories")
@@ -23,13 +31,11 @@ def read_state(module: nn.Module, name: str) -> Any:
 
 def write_state(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
     """Have a neuron hold ``value`` as its state ``name``."""
-    memories = module.__dict__.get("_memories")
-    if memories is not None and name in memories:
-        memories[name] = value
-    elif name in module._buffers:
-        module._buffers[name] = value
-    else:
+    table = state_table(module, name)
+    if table is None:
         setattr(module, name, value)
+    else:
+        table[name] = value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -346,8 +346,8 @@ class PreparedConv:
             fixed_work=4 * block.numel,
         )
 
-    def bind(self, x: PackedSpikes, residual: PackedSpikes | Tensor | None, state: State | None) -> None:
-        """Point to what this call reads and to the memory of its neuron. ``residual`` as an epilogue has it."""
+    def bind(self, x: PackedSpikes, residual: PackedSpikes | Tensor | None) -> None:
+        """Point to what this call reads. ``residual`` as an epilogue has it."""
         if x is not self._x:
             self._read(x)
         if isinstance(residual, Tensor):  # must outlive the call, and no more
@@ -355,6 +355,9 @@ class PreparedConv:
         elif residual is not None and residual is not self._added:
             self._struct.residual_bits, self._struct.residual_counts = _pointers(residual)
             self._added = residual
+
+    def start_from(self, state: State | None) -> None:
+        """Point to the memory of the neuron, if there is one."""
         if state is not None:
             struct = self._struct
             struct.v, struct.fresh, struct.neuron.start = state.v.data_ptr(), state.fresh, state.start
@@ -373,7 +376,8 @@ class PreparedConv:
         self, x: PackedSpikes, residual: PackedSpikes | Tensor | None, state: State | None, nonzero: int
     ) -> PackedSpikes | Tensor:
         """Run on ``x``, which has ``nonzero`` spikes."""
-        self.bind(x, residual, state)
+        self.bind(x, residual)
+        self.start_from(state)
         if not self._convs[nonzero.bit_length()]:
             self._make_conv(nonzero.bit_length())
         engine.run_links(ctypes.byref(self.link), 1)

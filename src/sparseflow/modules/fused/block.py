@@ -125,11 +125,12 @@ class BlockRun:
         if self.memory is not None:
             self.memory.end()
         self.last_state = state
-        return result if isinstance(result, PackedSpikes) else self._shaped(result)
+        return self.shaped(result)
 
-    def _shaped(self, sums: Tensor) -> Tensor:
+    def shaped(self, result: PackedSpikes | Tensor) -> PackedSpikes | Tensor:
+        """The result of a kernel as the graph knows it."""
         layout = self.block.layout
-        return as_tensor(sums, layout.shape, len(layout.lead))
+        return result if isinstance(result, PackedSpikes) else as_tensor(result, layout.shape, len(layout.lead))
 
     def epilogue(self, residual: Any) -> Epilogue:
         """Scale, shift, residual and pooling of this call."""

@@ -7,7 +7,7 @@ the blocks. A chain does all of it before and after.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from sparseflow.kernels.blocks.records import State
 from sparseflow.kernels.blocks.spikes import PackedSpikes
 
 from .block import BlockRun
+from .state import NeuronGroup
 
 Env = list[Any]
 Observer = Callable[[BlockRun, Any, Any, Any, Any], None]
@@ -82,24 +83,80 @@ class BoundBlock:
 
 
 class Chain:
-    """Neighbouring blocks, run by one native call as far as they can be, else one by one."""
+    """Neighbouring blocks, run by one native call as far as they can be, else one by one.
 
-    def __init__(self, blocks: list[BoundBlock]):
+    Once all of them have run in one call, the next one changes only what differs. ``private``: the slots that nobody else
+    reads.
+    """
+
+    def __init__(self, blocks: list[BoundBlock], private: Collection[int] = ()):
         self._blocks, self._scrutiny = blocks, blocks[0].scrutiny
         makers = {block.slots.out: i for i, block in enumerate(blocks)}
         self._sources = [makers.get(block.slots.source) for block in blocks]
         self._residuals = [None if (slot := block.slots.residual) is None else makers.get(slot) for block in blocks]
         self._native = blocks[0].run.ops.chain(len(blocks))  # type: ignore[attr-defined]
         self._linked: list[Any] = [None] * len(blocks)
+        self._entered = [i for i in range(len(blocks)) if self._reads_from_outside(i)]
+        self._left = [b for b in blocks if b.slots.out not in private or b.slots.membrane is not None]
+        self._neurons = [i for i, block in enumerate(blocks) if block.run.memory is not None]
+        self._settled: NeuronGroup | None = None
 
     def __call__(self, env: Env) -> None:
-        first = 0
+        if self._scrutiny:
+            self.unsettle()
+        first = self._run_settled(env) if self._settled is not None else 0
         while first < len(self._blocks):
             together = 0 if self._scrutiny else self._together(first)
             ran = self._run(env, first, together) if together else 0
+            if ran == len(self._blocks):
+                self._settle()
             if ran == 0:  # the first of them is not prepared, or has too many spikes
                 self._blocks[first](env)
             first += max(1, ran)
+
+    def unsettle(self) -> None:
+        """What the blocks were prepared for may have changed."""
+        self._settled = None
+
+    def _reads_from_outside(self, i: int) -> bool:
+        return self._sources[i] is None or (self._residuals[i] is None and self._blocks[i].slots.residual is not None)
+
+    # ---- all blocks, as at the last call
+
+    def _settle(self) -> None:
+        memories = [memory for block in self._blocks if (memory := block.run.memory) is not None]
+        if all(memory.is_plain for memory in memories):
+            self._settled = NeuronGroup(memories)
+
+    def _run_settled(self, env: Env) -> int:
+        """Run as many blocks as are still for events; none if a neuron holds something unusual."""
+        group = self._settled
+        assert group is not None
+        changed = group.begin()
+        if changed is None:
+            self.unsettle()
+            return 0
+        if changed:
+            for i, state in zip(self._neurons, group.states, strict=True):
+                self._linked[i].start_from(state)
+        residuals = [self._residual(env, i, 0) for i in self._entered]  # dense ones have to outlive the call
+        for i, residual in zip(self._entered, residuals, strict=True):
+            self._linked[i].bind(self._source(env, i, 0), residual)
+        ran = 0
+        try:
+            ran = self._native.run(0, len(self._blocks))
+        finally:
+            group.end(sum(i < ran for i in self._neurons))
+        whole = ran == len(self._blocks)
+        if not whole:
+            self.unsettle()
+        for i, block in enumerate(self._blocks[:ran]):
+            block.run.note(self._native.seen(i))
+        for block in self._left if whole else self._blocks[:ran]:
+            block.leave(env, block.run.shaped(block.run.prepared.result))
+        return ran
+
+    # ---- as many as can run together
 
     def _together(self, first: int) -> int:
         """How many blocks from ``first`` on are prepared."""
@@ -121,7 +178,8 @@ class Chain:
             block = self._blocks[i]
             states.append(block.run.begin(block.given(env)))
             residuals.append(self._residual(env, i, first))
-            self._linked[i].bind(self._source(env, i, first), residuals[-1], states[-1])
+            self._linked[i].bind(self._source(env, i, first), residuals[-1])
+            self._linked[i].start_from(states[-1])
         ran = self._native.run(first, together)
         for i, state in zip(range(first, first + ran), states, strict=False):
             block = self._blocks[i]

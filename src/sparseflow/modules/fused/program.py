@@ -113,6 +113,9 @@ class Program:
         self.generation += 1
         for block in self.blocks:
             block.refresh()
+        for action, _ in self._actions:
+            if isinstance(action, Chain):
+                action.unsettle()
 
     def _fill_inputs(self, env: Env, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for i, (slot, name, default) in enumerate(self._inputs):
@@ -238,7 +241,8 @@ class Program:
             members = list(group)
             if chains and len(members) > 1:
                 blocks = [action for action, _ in members if isinstance(action, BoundBlock)]
-                yield Chain(blocks), tuple(slot for _, slots in members for slot in slots)
+                released = tuple(slot for _, slots in members for slot in slots)
+                yield Chain(blocks, {slot for slot, _ in released}), released
             else:
                 yield from members
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseflow.frameworks import neuron_spec, read_state, write_state
+from sparseflow.frameworks import neuron_spec, read_state, state_table, write_state
 from sparseflow.graph.steps import Block
 from sparseflow.kernels.blocks.records import State
 from sparseflow.kernels.blocks.spikes import as_tensor, channels_last
@@ -31,13 +32,15 @@ class _Slot:
         images, pixels = math.prod(self.shape[: self._lead]), math.prod(self.shape[self._lead + 1 :])
         self.memory = torch.empty(images, pixels, self.shape[self._lead], device=device)
         self.view = as_tensor(self.memory, self.shape, self._lead)
+        self.storage = self.memory.untyped_storage()._cdata
+        self.uses = torch._C._storage_Use_Count(self.storage)  # by the memory, the view, and whatever PyTorch keeps
+        self.inference = self.memory.is_inference()
 
     def secure(self, held: bool, device: torch.device) -> None:
         """Get new memory unless only this slot, and the neuron where ``held``, refers to what there is."""
         references = sys.getrefcount(self.view) - 2  # this slot's and that of the question
-        storages = torch._C._storage_Use_Count(self.memory.untyped_storage()._cdata) - 3  # memory, view, question
-        usable = self.memory.device == device and self.memory.is_inference() == torch.is_inference_mode_enabled()
-        if references > held or storages > 0 or not usable:
+        uses = torch._C._storage_Use_Count(self.storage)
+        if references > held or uses > self.uses or self.inference != torch.is_inference_mode_enabled():
             self._allocate(device)
 
     def load(self, value: Any) -> bool:
@@ -79,6 +82,21 @@ class NeuronMemory:
         v, *syn = (slot.memory for slot in self._slots)
         sequence = v.new_empty(self._steps, *v.shape) if self._wants_sequence else None
         return State(v, syn[0] if syn else None, fresh, start, sequence)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a :class:`NeuronGroup` can hold it: one state, in a table of the module's, and no sequence of it."""
+        return len(self._slots) == 1 and not self._wants_sequence and self.table is not None
+
+    @property
+    def table(self) -> dict[str, Any] | None:
+        """Where the module keeps its first state."""
+        return state_table(self.module, self.names[0])
+
+    @property
+    def slot(self) -> _Slot:
+        """The first state, the membrane."""
+        return self._slots[0]
 
     def settle(self, *, leads: bool) -> Hashable:
         """Make ready for a call whose kernels know their addresses; returns all that they depend on.
@@ -162,3 +180,69 @@ class NeuronMemory:
         for i, slot in enumerate(self._slots):
             if not known[i]:
                 slot.memory.fill_(start if i == 0 else 0.0)
+
+
+class NeuronGroup:
+    """The memories of several neurons that begin and end together, as :meth:`NeuronMemory.begin` left them.
+
+    Before a call the caches hold weights, not Python's objects, and what is touched is what it costs: the same question is
+    asked of all neurons at once. It knows the two cases that calls repeat: a neuron goes on from this very memory, or
+    starts afresh from a number.
+    """
+
+    def __init__(self, memories: Sequence[NeuronMemory]):
+        slots = [memory.slot for memory in memories]
+        self._tables: list[Any] = [memory.table for memory in memories]
+        self._names = [memory.names[0] for memory in memories]
+        self._views = [slot.view for slot in slots]
+        self._storages = [slot.storage for slot in slots]
+        self._uses = [slot.uses for slot in slots]
+        self._inference = slots[0].inference if slots else False
+        self._starts: list[float | None] = []
+        self._held: list[Any] = []
+        self.states = [State(slot.memory) for slot in slots]
+
+    def begin(self) -> bool | None:
+        """Have all neurons hold their memory, where their state will be.
+
+        Returns whether :attr:`states` are others than at the last call; ``None``, and nothing has happened, if a neuron
+        holds anything else or somebody else its memory.
+        """
+        held = list(map(dict.get, self._tables, self._names))
+        starts = [None if value is view else value for value, view in zip(held, self._views, strict=True)]
+        # A neuron that holds its memory refers to it, and so does the list of what they hold.
+        alone = [_ALONE + 2 * (start is None) for start in starts]
+        if list(map(sys.getrefcount, self._views)) != alone or self._inference != torch.is_inference_mode_enabled():
+            return None
+        if any(map(operator.gt, map(torch._C._storage_Use_Count, self._storages), self._uses)):
+            return None
+        changed = starts != self._starts
+        if changed and not self._set(starts):
+            return None
+        for table, name, view in zip(self._tables, self._names, self._views, strict=True):
+            table[name] = view
+        self._held = held
+        return changed
+
+    def end(self, ran: int) -> None:
+        """The first ``ran`` neurons ran; have the others hold what they held before."""
+        for i in range(ran, len(self._held)):
+            self._tables[i][self._names[i]] = self._held[i]
+        self._held = []
+
+    def _set(self, starts: list[Any]) -> bool:
+        if any(start is not None and type(start) is not float for start in starts):
+            return False
+        for state, start in zip(self.states, starts, strict=True):
+            state.fresh, state.start = start is not None, start or 0.0
+        self._starts = starts
+        return True
+
+
+def _references() -> int:
+    """What ``sys.getrefcount`` counts through ``map`` for an element of a list that one other place refers to."""
+    elsewhere = [object()]
+    return next(map(sys.getrefcount, elsewhere[:]))
+
+
+_ALONE = _references()

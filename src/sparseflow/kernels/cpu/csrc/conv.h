@@ -10,6 +10,7 @@
 #include "accumulate.h"
 #include "arena.h"
 #include "events.h"
+#include "shares.h"
 #include "simd.h"
 #include "store.h"
 
@@ -185,6 +186,7 @@ class Conv {
     shifts_ = arena.take<int64_t>(s_.tile_columns);
     costs_ = arena.take<int64_t>(ceil_div(rows_, tile_rows_) + 1);
     per_thread_ = arena.take<Thread>(threads_);
+    shares_.place(arena, threads_);
     const bool measuring = reinterpret_cast<uintptr_t>(bias_) == 0;
     for (int t = 0; t < threads_; t++) {
       Thread thread;
@@ -228,15 +230,15 @@ class Conv {
     }
   }
 
-  // First tile of a thread's share: neighbouring tiles of equal cost in total. Not handed out dynamically, because
-  // a thread that keeps its part of the map from layer to layer finds it in its own cache, and because threads that
-  // alternate in a plane fight over the cache lines at the seams.
-  int64_t share_begin(int64_t thread, int64_t team, int64_t row_tiles) const {
-    if (thread == team) return row_tiles * column_tiles_;
+  // First tile of a thread's share: neighbouring tiles of equal cost in total. A thread that keeps its part of the map from
+  // layer to layer finds it in its own cache, and threads that alternate in a plane fight over the cache lines at the
+  // seams: only what is left at the end changes hands.
+  int64_t share_begin(int64_t thread, int64_t row_tiles) const {
+    if (thread == threads_) return row_tiles * column_tiles_;
     int64_t tile = 0;
-    while (costs_[tile + 1] * team <= costs_[row_tiles] * thread && tile < row_tiles - 1) tile++;
-    const int64_t into = costs_[row_tiles] * thread - costs_[tile] * team;
-    const int64_t cost = max(1, (costs_[tile + 1] - costs_[tile]) * team);
+    while (costs_[tile + 1] * threads_ <= costs_[row_tiles] * thread && tile < row_tiles - 1) tile++;
+    const int64_t into = costs_[row_tiles] * thread - costs_[tile] * threads_;
+    const int64_t cost = max(1, (costs_[tile + 1] - costs_[tile]) * threads_);
     return tile * column_tiles_ + (2 * into * column_tiles_ + cost) / (2 * cost);  // to the nearest
   }
 
@@ -244,12 +246,12 @@ class Conv {
   void run_split_pixels() {
     const int64_t row_tiles = ceil_div(rows_, tile_rows_);
     estimate_costs(row_tiles);
+    for (int t = 0; t < threads_; t++) shares_.set(t, share_begin(t, row_tiles), share_begin(t + 1, row_tiles));
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
     {
       const Thread& thread = per_thread_[thread_index()];
       thread.lists.link(s_, list_rows_ * steps_);
-      const int64_t end = share_begin(thread_index() + 1, team_size(), row_tiles);
-      for (int64_t i = share_begin(thread_index(), team_size(), row_tiles); i < end; i++) {
+      for (int64_t i; (i = shares_.take(thread_index())) >= 0;) {
         const int64_t row0 = i / column_tiles_ * tile_rows_;
         Tile tile{0, 0, row0, min(tile_rows_, rows_ - row0), columns_of(i % column_tiles_)};
         for (int64_t g = 0; g < p_.groups; g++) {
@@ -279,16 +281,19 @@ class Conv {
         for (int64_t g = 0; g < p_.groups; g++) {
           for (all.t0 = 0; all.t0 < sink_.steps(); all.t0 += steps_) {
             all.steps = min(steps_, sink_.steps() - all.t0);
+            for (int64_t t = thread_index(), n = passes * row_tiles; t < threads_; t += team_size()) {
+              shares_.set(t, t * n / threads_, (t + 1) * n / threads_);
+            }
 #pragma omp for schedule(static)
             for (int64_t j = 0; j < all.steps * all.rows; j++) build(all, j, g, thread, shared_.rows[j]);
-#pragma omp for schedule(static)
-            for (int64_t item = 0; item < passes * row_tiles; item++) {
+            for (int64_t item; (item = shares_.take(thread_index())) >= 0;) {
               const int64_t first = item % row_tiles * tile_rows_, b0 = item / row_tiles * pass_blocks;
               Tile tile = all;
               tile.row0 = all.row0 + first, tile.rows = min(tile_rows_, all.rows - first);
               add_all_blocks(shared_.rows + first, all.rows, tile, g, b0, min(s_.blocks, b0 + pass_blocks),
                              thread.scratch);
             }
+#pragma omp barrier
           }
         }
       }
@@ -389,6 +394,7 @@ class Conv {
   int64_t* shifts_;
   int64_t* costs_;
   Thread* per_thread_;
+  Shares shares_;
   TileLists<T> shared_;
 };
 

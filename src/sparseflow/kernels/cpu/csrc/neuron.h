@@ -287,19 +287,21 @@ struct Currents {
 
 // Currents of the pixels `pixel` of a run at its first `steps` time steps, without pooling.
 template <bool kTail>
-SF_INLINE void compute_currents(const Affine<kTail>& affine, const SfBlock& b, const Sums& sums, int64_t c,
-                                const int64_t (&pixel)[kTogether], int64_t steps, Currents& currents) {
-  const float* x = sums.x + c;
-  for (int64_t s = 0; s < steps; s++, x += sums.step) {
+SF_INLINE void compute_currents(const Affine<kTail>& affine, const Sums& sums, int64_t c,
+                                const int64_t (&pixel)[kTogether], int64_t steps, int64_t map_step, Currents& currents) {
+  const int64_t step = sums.step, first = sums.image_pixel;
+  const float* x[kTogether];
 #pragma GCC unroll 4
-    for (int i = 0; i < kTogether; i++) currents.x[s][i] = affine.scaled(x + pixel[i] * sums.pixel);
+  for (int i = 0; i < kTogether; i++) x[i] = sums.x + c + pixel[i] * sums.pixel;
+  for (int64_t s = 0; s < steps; s++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; i++) currents.x[s][i] = affine.scaled(x[i] + s * step);
   }
   if (!affine.has_residual()) return;
-  int64_t first = sums.image_pixel;
-  for (int64_t s = 0; s < steps; s++, first += b.batch * map_pixels(b)) {
+  for (int64_t s = 0; s < steps; s++) {
 #pragma GCC unroll 4
     for (int i = 0; i < kTogether; i++) {
-      currents.x[s][i] = added(currents.x[s][i], affine.residual_of(first + pixel[i]));
+      currents.x[s][i] = added(currents.x[s][i], affine.residual_of(first + s * map_step + pixel[i]));
     }
   }
 }
@@ -308,16 +310,16 @@ SF_INLINE void compute_currents(const Affine<kTail>& affine, const SfBlock& b, c
 template <int kCharge, int kReset, int kTiming, bool kTail>
 void fire_unit(const SfBlock& block, const Run& run, const Sums& sums, int64_t c, int64_t n) {
   const SfBlock b = block;  // a copy: no store can change it
-  const int64_t channel = run.first_channel + c, steps = run.steps, step_pixels = b.batch * b.pixels;
-  const int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel;
-  const int64_t pixel_bytes = ceil_div(b.channels, 64) * 8, state = (run.n * b.pixels + run.pixel) * b.channels + channel;
+  const int64_t channel = run.first_channel + c, steps = run.steps, channels = b.channels;
+  const int64_t image_pixel = (run.t * b.batch + run.n) * b.pixels + run.pixel, step_pixels = b.batch * b.pixels;
+  const int64_t pixel_bytes = ceil_div(channels, 64) * 8, state = (run.n * b.pixels + run.pixel) * channels + channel;
   const Constants k(b.neuron, channel);
   const Affine<kTail> affine(b, channel, n);
   const bool fresh = b.fresh && run.t == 0, invariant = sums.step == 0 && !affine.has_residual();
   const Unit start = splat_unit(b.neuron.start), silent = splat_unit(0.0f);
   const auto valid = uint32_t(low_bits(n));
   char* const bits = reinterpret_cast<char*>(b.bits) + image_pixel * pixel_bytes + channel / 8;
-  float* const v_seq = b.v_seq == nullptr ? nullptr : b.v_seq + image_pixel * b.channels + channel;
+  float* const v_seq = b.v_seq == nullptr ? nullptr : b.v_seq + image_pixel * channels + channel;
   Currents currents;
   for (int64_t p = 0; p < run.pixels; p += kTogether) {
     int64_t pixel[kTogether];  // the last one several times where there are fewer
@@ -325,11 +327,11 @@ void fire_unit(const SfBlock& block, const Run& run, const Sums& sums, int64_t c
 #pragma GCC unroll 4
     for (int i = 0; i < kTogether; i++) {
       pixel[i] = min(p + i, run.pixels - 1);
-      v[i] = fresh ? start : load_channels<kTail>(b.v + state + pixel[i] * b.channels, n);
+      v[i] = fresh ? start : load_channels<kTail>(b.v + state + pixel[i] * channels, n);
       syn[i] = silent;
-      if (kCharge == SF_SYNAPTIC && !fresh) syn[i] = load_channels<kTail>(b.syn + state + pixel[i] * b.channels, n);
+      if (kCharge == SF_SYNAPTIC && !fresh) syn[i] = load_channels<kTail>(b.syn + state + pixel[i] * channels, n);
     }
-    compute_currents(affine, b, sums, c, pixel, invariant ? 1 : steps, currents);
+    compute_currents(affine, sums, c, pixel, invariant ? 1 : steps, b.batch * map_pixels(b), currents);
     for (int64_t s = 0; s < steps; s++) {
       const Unit(&x)[kTogether] = currents.x[invariant ? 0 : s];
 #pragma GCC unroll 4
@@ -343,18 +345,18 @@ void fire_unit(const SfBlock& block, const Run& run, const Sums& sums, int64_t c
         const int64_t at = s * step_pixels + pixel[i];
         const auto half = uint16_t(kTail ? spikes & valid : spikes);
         __builtin_memcpy(bits + at * pixel_bytes, &half, 2);
-        if (v_seq != nullptr) store_channels<kTail>(v_seq + at * b.channels, v[i], n);
+        if (__builtin_expect(v_seq != nullptr, 0)) store_channels<kTail>(v_seq + at * channels, v[i], n);
       }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kTogether; i++) {
-      store_channels<kTail>(b.v + state + pixel[i] * b.channels, v[i], n);
-      if (kCharge == SF_SYNAPTIC) store_channels<kTail>(b.syn + state + pixel[i] * b.channels, syn[i], n);
+      store_channels<kTail>(b.v + state + pixel[i] * channels, v[i], n);
+      if (kCharge == SF_SYNAPTIC) store_channels<kTail>(b.syn + state + pixel[i] * channels, syn[i], n);
     }
   }
 }
 
-// Set bits of a pixel's `bytes` bytes, an even number.
+// Set bits of `bytes` bytes, an even number.
 SF_INLINE uint32_t count_bits(const char* p, int64_t bytes) {
   uint32_t count = 0;
   for (; bytes >= 8; bytes -= 8, p += 8) count += uint32_t(popcount(load<uint64_t>(p)));
@@ -378,15 +380,16 @@ SF_INLINE void count_spikes(const SfBlock& b, const Run& run) {
   const int64_t bytes = ceil_div(run.channels, kUnit) * 2;
   for (int64_t t = run.t; t < run.t + run.steps; t++) {
     const int64_t first = (t * b.batch + run.n) * b.pixels;
-    for (int64_t p = run.pixel; p < end;) {
-      const int64_t row_end = min(end, (p / b.row_pixels + 1) * b.row_pixels);
-      uint32_t* const count = b.row_counts + (first + p) / b.row_pixels;
+    for (int64_t p = run.pixel, n; p < end; p += n) {
+      n = min(end, (p / b.row_pixels + 1) * b.row_pixels) - p;
+      const char* spikes = reinterpret_cast<char*>(b.bits) + (first + p) * pixel_bytes + run.first_channel / 8;
       uint32_t fired = 0;
-      for (; p < row_end; p++) {
-        const char* spikes = reinterpret_cast<char*>(b.bits) + (first + p) * pixel_bytes + run.first_channel / 8;
-        fired += count_bits(spikes, bytes);
+      if (bytes == pixel_bytes) {
+        fired = count_bits(spikes, n * bytes);
+      } else {
+        for (int64_t i = 0; i < n; i++) fired += count_bits(spikes + i * pixel_bytes, bytes);
       }
-      __atomic_fetch_add(count, fired, __ATOMIC_RELAXED);
+      __atomic_fetch_add(b.row_counts + (first + p) / b.row_pixels, fired, __ATOMIC_RELAXED);
     }
   }
 }
