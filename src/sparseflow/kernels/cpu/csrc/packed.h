@@ -94,17 +94,34 @@ SF_INLINE void for_window(const SfPool& s, int64_t image, int64_t od, int64_t oh
   }
 }
 
+// Adds the spikes of one input row to an output row: tap by tap, for the output pixels whose tap lies in the row.
+SF_INLINE void pool_row(const SfPool& s, const uint64_t* x, int64_t words, uint64_t* to) {
+  for (int64_t kw = 0; kw < s.kernel[2]; kw++) {
+    const int64_t shift = s.padding[2] - kw * s.dilation[2], last = s.in_size[2] - 1 + shift;
+    const int64_t begin = shift > 0 ? ceil_div(shift, s.stride[2]) : 0;
+    const int64_t end = last < 0 ? 0 : min(s.out_size[2], last / s.stride[2] + 1);
+    for (int64_t ow = begin; ow < end; ow++) {
+      const uint64_t* from = x + (ow * s.stride[2] - shift) * words;
+      for (int64_t w = 0; w < words; w++) to[ow * words + w] |= from[w];
+    }
+  }
+}
+
 SF_INLINE void max_pool_spikes(const SfPool& s, const uint64_t* x, uint64_t* bits, uint32_t* row_counts, int threads) {
   const int64_t words = ceil_div(s.channels, 64), rows = s.images * s.out_size[0] * s.out_size[1];
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const int64_t oh = r % s.out_size[1], od = r / s.out_size[1] % s.out_size[0], image = r / s.out_size[1] / s.out_size[0];
     uint64_t* to = bits + r * s.out_size[2] * words;
-    for (int64_t ow = 0; ow < s.out_size[2]; ow++) {
-      for (int64_t w = 0; w < words; w++) to[ow * words + w] = 0;
-      for_window(s, image, od, oh, ow, [&](int64_t pixel) {
-        for (int64_t w = 0; w < words; w++) to[ow * words + w] |= x[pixel * words + w];
-      });
+    __builtin_memset(to, 0, s.out_size[2] * words * sizeof(uint64_t));
+    for (int64_t kd = 0; kd < s.kernel[0]; kd++) {
+      const int64_t d = od * s.stride[0] - s.padding[0] + kd * s.dilation[0];
+      if (d < 0 || d >= s.in_size[0]) continue;
+      for (int64_t kh = 0; kh < s.kernel[1]; kh++) {
+        const int64_t h = oh * s.stride[1] - s.padding[1] + kh * s.dilation[1];
+        if (h < 0 || h >= s.in_size[1]) continue;
+        pool_row(s, x + ((image * s.in_size[0] + d) * s.in_size[1] + h) * s.in_size[2] * words, words, to);
+      }
     }
     row_counts[r] = count_row(to, s.out_size[2] * words);
   }
