@@ -89,7 +89,7 @@ class Chain:
     reads.
     """
 
-    def __init__(self, blocks: list[BoundBlock], private: Collection[int] = ()):
+    def __init__(self, blocks: list[BoundBlock], private: Collection[int]):
         self._blocks, self._scrutiny = blocks, blocks[0].scrutiny
         makers = {block.slots.out: i for i, block in enumerate(blocks)}
         self._sources = [makers.get(block.slots.source) for block in blocks]
