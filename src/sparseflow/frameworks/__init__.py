@@ -19,7 +19,14 @@ from sparseflow.frameworks.registry import (
     stores_sequence,
     unregister_neuron,
 )
-from sparseflow.frameworks.state import StateSnapshot, read_state, restore_state, snapshot_state, state_table, write_state
+from sparseflow.frameworks.state import (
+    StateSnapshot,
+    read_state,
+    restore_state,
+    snapshot_state,
+    state_table,
+    write_state,
+)
 from sparseflow.neuron import Charge, NeuronSpec, Reset, ResetTiming
 
 __all__ = [

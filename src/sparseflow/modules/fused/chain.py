@@ -85,8 +85,8 @@ class BoundBlock:
 class Chain:
     """Neighbouring blocks, run by one native call as far as they can be, else one by one.
 
-    Once all of them have run in one call, the next one changes only what differs. ``private``: the slots that nobody else
-    reads.
+    Once all of them have run in one call, the next one changes only what differs. ``private``: the slots that nobody
+    else reads.
     """
 
     def __init__(self, blocks: list[BoundBlock], private: Collection[int]):

@@ -185,9 +185,9 @@ class NeuronMemory:
 class NeuronGroup:
     """The memories of several neurons that begin and end together, as :meth:`NeuronMemory.begin` left them.
 
-    Before a call the caches hold weights, not Python's objects, and what is touched is what it costs: the same question is
-    asked of all neurons at once. It knows the two cases that calls repeat: a neuron goes on from this very memory, or
-    starts afresh from a number.
+    Before a call the caches hold weights, not Python's objects, and what is touched is what it costs: the same question
+    is asked of all neurons at once. It knows the two cases that calls repeat: a neuron goes on from this very memory,
+    or starts afresh from a number.
     """
 
     def __init__(self, memories: Sequence[NeuronMemory]):
