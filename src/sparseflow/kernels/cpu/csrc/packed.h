@@ -77,21 +77,28 @@ SF_INLINE void combine_spikes(const uint64_t* a, const uint64_t* b, int op, int6
   }
 }
 
-// Calls visit(first word of an input pixel, its index) for every pixel of the window of an output pixel.
+// Calls visit(number of the first pixel) for every input row that the windows of an output row read.
 template <class Visit>
-SF_INLINE void for_window(const SfPool& s, int64_t image, int64_t od, int64_t oh, int64_t ow, Visit visit) {
+SF_INLINE void for_rows(const SfPool& s, int64_t image, int64_t od, int64_t oh, Visit visit) {
   for (int64_t kd = 0; kd < s.kernel[0]; kd++) {
     const int64_t d = od * s.stride[0] - s.padding[0] + kd * s.dilation[0];
     if (d < 0 || d >= s.in_size[0]) continue;
     for (int64_t kh = 0; kh < s.kernel[1]; kh++) {
       const int64_t h = oh * s.stride[1] - s.padding[1] + kh * s.dilation[1];
-      if (h < 0 || h >= s.in_size[1]) continue;
-      for (int64_t kw = 0; kw < s.kernel[2]; kw++) {
-        const int64_t w = ow * s.stride[2] - s.padding[2] + kw * s.dilation[2];
-        if (w >= 0 && w < s.in_size[2]) visit(((image * s.in_size[0] + d) * s.in_size[1] + h) * s.in_size[2] + w);
-      }
+      if (h >= 0 && h < s.in_size[1]) visit(((image * s.in_size[0] + d) * s.in_size[1] + h) * s.in_size[2]);
     }
   }
+}
+
+// Calls visit(number of an input pixel) for every pixel of the window of an output pixel.
+template <class Visit>
+SF_INLINE void for_window(const SfPool& s, int64_t image, int64_t od, int64_t oh, int64_t ow, Visit visit) {
+  for_rows(s, image, od, oh, [&](int64_t row) {
+    for (int64_t kw = 0; kw < s.kernel[2]; kw++) {
+      const int64_t w = ow * s.stride[2] - s.padding[2] + kw * s.dilation[2];
+      if (w >= 0 && w < s.in_size[2]) visit(row + w);
+    }
+  });
 }
 
 // Adds the spikes of one input row to an output row: tap by tap, for the output pixels whose tap lies in the row.
@@ -114,15 +121,7 @@ SF_INLINE void max_pool_spikes(const SfPool& s, const uint64_t* x, uint64_t* bit
     const int64_t oh = r % s.out_size[1], od = r / s.out_size[1] % s.out_size[0], image = r / s.out_size[1] / s.out_size[0];
     uint64_t* to = bits + r * s.out_size[2] * words;
     __builtin_memset(to, 0, s.out_size[2] * words * sizeof(uint64_t));
-    for (int64_t kd = 0; kd < s.kernel[0]; kd++) {
-      const int64_t d = od * s.stride[0] - s.padding[0] + kd * s.dilation[0];
-      if (d < 0 || d >= s.in_size[0]) continue;
-      for (int64_t kh = 0; kh < s.kernel[1]; kh++) {
-        const int64_t h = oh * s.stride[1] - s.padding[1] + kh * s.dilation[1];
-        if (h < 0 || h >= s.in_size[1]) continue;
-        pool_row(s, x + ((image * s.in_size[0] + d) * s.in_size[1] + h) * s.in_size[2] * words, words, to);
-      }
-    }
+    for_rows(s, image, od, oh, [&](int64_t row) { pool_row(s, x + row * words, words, to); });
     row_counts[r] = count_row(to, s.out_size[2] * words);
   }
 }
