@@ -136,20 +136,20 @@ class Chain:
         if changed is None:
             self.unsettle()
             return 0
-        if changed:
-            for i, state in zip(self._neurons, group.states, strict=True):
-                self._linked[i].start_from(state)
-        residuals = [self._residual(env, i, 0) for i in self._entered]  # dense ones have to outlive the call
-        for i, residual in zip(self._entered, residuals, strict=True):
-            self._linked[i].bind(self._source(env, i, 0), residual)
         ran = 0
         try:
+            if changed:
+                for i, state in zip(self._neurons, group.states, strict=True):
+                    self._linked[i].start_from(state)
+            residuals = [self._residual(env, i, 0) for i in self._entered]  # dense ones have to outlive the call
+            for i, residual in zip(self._entered, residuals, strict=True):
+                self._linked[i].bind(self._source(env, i, 0), residual)
             ran = self._native.run(0, len(self._blocks))
-        finally:
+        finally:  # neurons that did not run, for whatever reason, hold what they held
             group.end(sum(i < ran for i in self._neurons))
+            if ran < len(self._blocks):
+                self.unsettle()
         whole = ran == len(self._blocks)
-        if not whole:
-            self.unsettle()
         for i, block in enumerate(self._blocks[:ran]):
             block.run.note(self._native.seen(i))
         for block in self._left if whole else self._blocks[:ran]:

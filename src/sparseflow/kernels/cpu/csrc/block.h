@@ -42,7 +42,8 @@ class BlockSink {
   void store(float* sums, int64_t width, int64_t t0, int64_t steps, int64_t row0, int64_t rows, int64_t column,
              int64_t columns, int64_t channel, int64_t valid) const {
     const int64_t per_image = b_.pixels / b_.row_pixels, plane = plane_rows(b_), row_floats = columns * width;
-    const int64_t depth = b_.window[0], height = b_.window[1], first = column / b_.window[2], of_rows = rows / (depth * height);
+    const int64_t depth = b_.window[0], height = b_.window[1], first = column / b_.window[2];
+    const int64_t of_rows = rows / (depth * height);  // of the result
     for (int64_t i = 0, n; i < of_rows; i += n) {
       const int64_t row = row0 / (depth * height) + i, in_image = row % per_image;
       n = !pools(b_) && columns == b_.row_pixels ? min(of_rows - i, per_image - in_image) : 1;  // whole rows in one run
